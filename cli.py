@@ -1,0 +1,75 @@
+"""The command line of the scripts: constants as flags, and bad input as one sentence. Imports nothing heavy."""
+
+import ast
+import difflib
+import math
+import os
+import sys
+from types import SimpleNamespace
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message names it and says what to do."""
+
+
+# (lowest, highest) value of each numeric knob; a knob without a line here may have any value of its type.
+RANGES = {
+    "MASK_ID": (0, math.inf), "SEED": (0, 2**63 - 1),
+    "MAX_LEN": (2, math.inf), "MAX_SAMPLES": (0, math.inf), "EPOCHS": (1, math.inf),
+    "BLOCK_SIZE": (1, math.inf), "MASK_PROB_EPS": (0.0, 1.0), "PREFIX_MASK_RATE": (0.0, 1.0), "SUFFIX_MASK_PROB": (0.0, 1.0),
+    "LORA_R": (1, math.inf), "LORA_ALPHA": (1, math.inf), "LORA_DROPOUT": (0.0, 0.99),
+    "LR": (1e-12, 1.0), "WARMUP_RATIO": (0.0, 1.0), "MIN_LR_RATIO": (0.0, 1.0), "WEIGHT_DECAY": (0.0, 1.0),
+    "MAX_GRAD_NORM": (1e-12, math.inf),
+    "MICRO_BSIZE": (1, math.inf), "GRAD_ACC": (1, math.inf), "TOTAL_TRAIN_STEPS": (0, math.inf), "SAVE_EVERY": (0, math.inf),
+}  # fmt: skip
+
+
+def override(script, argv):
+    """Sets the ALL_CAPS constants of a script from `--NAME=value` arguments, and returns all of them.
+
+    script: the script's globals(), changed in place, so that its functions see the values in force.
+    Numbers, booleans and lists are Python literals; an int may stand for a float, no other change of type is accepted.
+    The launcher's --local_rank passes. Returns a namespace of the constants. Raises InputError.
+    """
+    knobs = [name for name in script if name.isupper()]
+    for arg in argv:
+        name, equals, text = arg.removeprefix("--").partition("=")
+        if name in ("local_rank", "local-rank"):
+            continue
+        if not arg.startswith("--") or name not in knobs:
+            close = difflib.get_close_matches(name.upper(), knobs, n=1)
+            hint = f" Did you mean --{close[0]}=...?" if close else ""
+            raise InputError(f"{arg} is not a knob of this script.{hint} The knobs are: {', '.join(knobs)}.")
+        if not equals:
+            raise InputError(f"{arg} needs a value, as in --{name}={script[name]!r}.")
+        script[name] = parse(name, text, script[name])
+    return SimpleNamespace(**{name: script[name] for name in knobs})
+
+
+def parse(name, text, default):
+    """Reads `text` as a value of the type of `default` and checks its range. Raises InputError."""
+    value = text
+    if not isinstance(default, str):
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that literal_eval can raise
+            pass  # stays text, which the type check below refuses
+    int_for_float = type(default) is float and type(value) is int
+    if type(value) is not type(default) and not int_for_float:
+        raise InputError(f"--{name}={text} is not of type {type(default).__name__}; the default is {default!r}.")
+    if isinstance(value, list) and not (value and all(isinstance(item, str) and item for item in value)):
+        raise InputError(f"--{name}={text} is not a list of names; the default is {default!r}.")
+    if isinstance(value, str) and not value:
+        raise InputError(f"--{name} is empty; the default is {default!r}.")
+    low, high = RANGES.get(name, (-math.inf, math.inf))
+    if type(value) in (int, float) and not low <= value <= high:
+        raise InputError(f"--{name}={text} is out of range: it must be between {low} and {high}.")
+    return float(value) if int_for_float else value
+
+
+def run(main):
+    """Runs main(); an InputError ends the process with its sentence and exit code 1, said once on each machine."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)

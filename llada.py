@@ -1,0 +1,199 @@
+"""LLaDA as a bidirectional Llama of transformers 5: no remote code, the hub's own file format.
+
+LLaDA (arXiv 2502.09992) is a Llama decoder without the causal mask; the hub's files only use other names for its config
+keys and tensors (GSAI-ML/LLaDA-8B-Instruct: config.json, modeling_llada.py). Importing this module registers the model
+type `llada`, so that `AutoModelForCausalLM.from_pretrained(folder, dtype="auto")` and `AutoTokenizer` work as usual.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from cli import InputError
+
+if int(transformers.__version__.split(".")[0]) < 5:
+    raise ImportError("llada.py needs transformers >= 5: earlier versions ignore is_causal and would stay causal")
+
+# key in the hub's config.json -> Llama's name for it
+CONFIG_KEYS = {
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "mlp_hidden_size": "intermediate_size",
+    "embedding_size": "vocab_size",  # rows of the embedding; the hub's code, too, prefers it over its vocab_size
+    "max_sequence_length": "max_position_embeddings",
+    "weight_tying": "tie_word_embeddings",
+}
+# what the hub's code could do besides, and a Llama cannot: a config that asks for it must not load as something else
+ONLY = {
+    "block_type": "llama", "block_group_size": 1, "layer_norm_type": "rms", "activation_type": "silu", "rope": True,
+    "alibi": False, "include_bias": False, "include_qkv_bias": False, "bias_for_layer_norm": False,
+    "attention_layer_norm": False, "scale_logits": False, "input_emb_norm": False,
+}  # fmt: skip
+# module in the hub's files -> module of LlamaForCausalLM, {i} being the layer
+MODULES = {
+    "model.transformer.wte": "model.embed_tokens",
+    "model.transformer.blocks.{i}.attn_norm": "model.layers.{i}.input_layernorm",
+    "model.transformer.blocks.{i}.q_proj": "model.layers.{i}.self_attn.q_proj",
+    "model.transformer.blocks.{i}.k_proj": "model.layers.{i}.self_attn.k_proj",
+    "model.transformer.blocks.{i}.v_proj": "model.layers.{i}.self_attn.v_proj",
+    "model.transformer.blocks.{i}.attn_out": "model.layers.{i}.self_attn.o_proj",
+    "model.transformer.blocks.{i}.ff_norm": "model.layers.{i}.post_attention_layernorm",
+    "model.transformer.blocks.{i}.ff_proj": "model.layers.{i}.mlp.gate_proj",
+    "model.transformer.blocks.{i}.up_proj": "model.layers.{i}.mlp.up_proj",
+    "model.transformer.blocks.{i}.ff_out": "model.layers.{i}.mlp.down_proj",
+    "model.transformer.ln_f": "model.norm",
+    "model.transformer.ff_out": "lm_head",
+}
+
+
+class LLaDAConfig(LlamaConfig):
+    """LlamaConfig that reads and writes the hub's LLaDA keys; its models attend in both directions."""
+
+    model_type = "llada"
+    mask_token_id: int | None = None
+    is_causal: bool = False
+    use_cache: bool = False
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        for key, value in ONLY.items():
+            if config_dict.get(key, value) != value:
+                raise InputError(f"config.json: {key}={config_dict[key]!r} is not supported, only {value!r} is.")
+        renamed = dict(config_dict)
+        for hub, llama in CONFIG_KEYS.items():
+            if renamed.get(hub) is not None:
+                renamed[llama] = renamed.pop(hub)
+        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
+            if key not in renamed:
+                raise InputError(f"config.json: {key} is missing; it is not the config of a LLaDA model.")
+        return super().from_dict(renamed, **kwargs)
+
+    def to_dict(self):
+        config = super().to_dict()
+        config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+        return config | {hub: config.pop(llama) for hub, llama in CONFIG_KEYS.items()} | {"vocab_size": self.vocab_size}
+
+
+class LLaDAForCausalLM(LlamaForCausalLM):
+    """Mask predictor: position i of the logits predicts token i (no shift)."""
+
+    config_class = LLaDAConfig
+
+
+AutoConfig.register("llada", LLaDAConfig)
+AutoModelForCausalLM.register(LLaDAConfig, LLaDAForCausalLM)
+register_checkpoint_conversion_mapping(
+    "llada",
+    [
+        WeightRenaming(re.escape(hub + ".").replace(r"\{i\}", r"(\d+)"), llama.replace("{i}", r"\1") + ".")
+        for hub, llama in MODULES.items()
+    ],
+)
+
+
+def hub_name(tensor):
+    """The name in the hub's files of a tensor of LLaDAForCausalLM, as `model.layers.3.mlp.up_proj.weight`."""
+    module, _, kind = tensor.rpartition(".")
+    layer = re.search(r"\.(\d+)\.", module)
+    names = {llama: hub for hub, llama in MODULES.items()}
+    if layer:
+        return names[module.replace(layer[0], ".{i}.")].replace("{i}", layer[1]) + "." + kind
+    return names[module] + "." + kind
+
+
+def local_folder(name):
+    """The folder of a model: `name` itself if it is one, else the hub's model of that name, downloaded if need be."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{name} is not a local folder, and the hub does not give it: {reason}") from error
+
+
+def load_config(folder):
+    """The config of the LLaDA checkpoint in a folder. Raises InputError if it is none."""
+    path = Path(folder) / "config.json"
+    try:
+        model_type = json.loads(path.read_text())["model_type"]
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; a LLaDA checkpoint has one.") from None
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{path} is not a JSON object with a model_type.") from None
+    if model_type != "llada":
+        raise InputError(f"{path}: model_type is {model_type!r}; only 'llada' checkpoints can be used.")
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def load_tokenizer(name):
+    """The tokenizer of a local folder or hub model, of any model type; never runs or asks for remote code."""
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{name}: no tokenizer could be loaded from it: {reason}") from error
+
+
+def weight_files(folder):
+    """The safetensors files of a checkpoint folder, in the order of their names. Raises InputError."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.exists():
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise InputError(f"{index} is not a safetensors index; fetch the model again.") from None
+    for name in names:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} has no weights: {name} is missing; fetch the model again.")
+    return [folder / name for name in sorted(names)]
+
+
+def check_tensors(folder, config):
+    """Compares the names and shapes in a checkpoint's files with what the config needs, before anything is loaded."""
+    found = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, "pt") as tensors:
+                found |= {name: (tensors.get_slice(name), file.name) for name in tensors.keys()}
+        except SafetensorError as error:
+            raise InputError(f"{file} is damaged ({error}); fetch the model again.") from error
+    with torch.device("meta"):
+        model = LLaDAForCausalLM(config)
+    needed = {hub_name(name): list(tensor.shape) for name, tensor in model.named_parameters()}
+    for name, shape in needed.items():
+        if name not in found:
+            raise InputError(f"{folder}: tensor {name} is missing from its safetensors files.")
+        tensor, file = found[name]
+        if tensor.get_shape() != shape:
+            raise InputError(f"{folder}/{file}: tensor {name} is {tensor.get_shape()}, its config says {shape}.")
+        if tensor.get_dtype() not in ("BF16", "F16", "F32", "F64"):
+            raise InputError(f"{folder}/{file}: tensor {name} is {tensor.get_dtype()}; quantized weights cannot be used.")
+    for name, (_, file) in found.items():
+        if name not in needed:
+            raise InputError(f"{folder}/{file}: unexpected tensor {name}; a LLaDA of this config has none.")
+
+
+def load_model(folder, dtype="auto", device="cpu"):
+    """Loads a checkpoint folder in the hub's format, every tensor checked by name and shape. Raises InputError."""
+    config = load_config(folder)
+    check_tensors(folder, config)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, device_map={"": device}, output_loading_info=True, trust_remote_code=False
+    )
+    if info["missing_keys"] or info["unexpected_keys"]:  # transformers would go on, with random weights
+        raise RuntimeError(f"this version of transformers did not rename the tensors of {folder}: {info}")
+    return model

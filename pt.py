@@ -1,0 +1,176 @@
+"""Writes the training rows: a dataset of questions and answers, rendered with the model's chat template, as token ids.
+
+    python pt.py --output MathQA_256.pt --model GSAI-ML/LLaDA-8B-Instruct --dataset meta-math/MetaMathQA --max_len 256
+
+Output: torch.save of a list of {"prompt_len": int, "full_ids": LongTensor}. full_ids is prompt + answer + end of turn
+(for LLaDA <|eot_id|>); the answer starts at prompt_len. Rows longer than max_len are dropped, never cut.
+"""
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+from cli import InputError, run
+
+INSTRUCTION = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{query}\n\n### Response: Let's think step by step."
+)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="MathQA_256.pt", help="file to write")
+    parser.add_argument("--model", default="GSAI-ML/LLaDA-8B-Instruct", help="hub id or local folder with the tokenizer")
+    parser.add_argument("--dataset", default="meta-math/MetaMathQA", help="hub id or local folder of jsonl or parquet files")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--max_len", type=int, default=256, help="tokens; longer rows are dropped")
+    parser.add_argument("--max_samples", type=int, default=20000, help="stop after so many kept rows; 0 = unlimited")
+    parser.add_argument("--filter_type", default="GSM", help="skip rows whose `type` contains this text; '' = keep all")
+    args = parser.parse_args()
+    if args.max_len < 2 or args.max_samples < 0:
+        parser.error("--max_len must be at least 2 and --max_samples at least 0")
+    return args
+
+
+def main():
+    args = parse_args()
+    if not Path(args.output).absolute().parent.is_dir() or Path(args.output).is_dir():
+        raise InputError(f"--output {args.output}: it must be a file in a folder that exists.")
+    import torch  # only now: a typing error in a flag is reported without waiting for it
+
+    import llada
+
+    tokenizer = llada.load_tokenizer(args.model)
+    if not tokenizer.chat_template:
+        raise InputError(f"{args.model}: its tokenizer has no chat template.")
+    dataset = load_rows(args.dataset, args.split, needs_type=bool(args.filter_type))
+    rows, counts = encode(dataset, tokenizer, args.max_len, args.max_samples, args.filter_type)
+    report = ", ".join(f"{what} {number:,}" for what, number in counts.items()) + f" (of {len(dataset):,} rows)"
+    if not rows:
+        raise InputError(f"--dataset {args.dataset}: nothing to write: {report}; check --filter_type and --max_len.")
+    unfinished = f"{args.output}.unfinished"
+    torch.save([{"prompt_len": start, "full_ids": torch.tensor(ids)} for start, ids in rows], unfinished)
+    os.replace(unfinished, args.output)
+    print(f"{args.output}: {report}")
+
+
+def load_rows(name, split, needs_type):
+    """The split of a hub dataset or of a local folder, with the columns query, response and perhaps type."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DataFilesNotFoundError
+
+    try:
+        dataset = load_dataset(name, split=split)
+    except (DatasetGenerationError, DatasetNotFoundError, DataFilesNotFoundError, ValueError, OSError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise InputError(f"--dataset {name}, split {split!r}, cannot be loaded: {reason}") from error
+    for column in ["query", "response"] + ["type"] * needs_type:
+        if column not in dataset.column_names:
+            hint = " (needed by --filter_type; pass --filter_type '' to keep all rows)" if column == "type" else ""
+            raise InputError(f"--dataset {name} has no column {column!r}{hint}; it has {', '.join(dataset.column_names)}.")
+    return dataset
+
+
+def encode(dataset, tokenizer, max_len, max_samples, filter_type):
+    """Tokenizes rows with query, response and perhaps type, in batches, until max_samples are kept (0 = no limit).
+
+    Returns a list of (prompt_len, full_ids), and how many rows were kept, skipped by type, too long, and unusable:
+    rows with an empty text, or in which the template does not put the answer behind the prompt.
+    """
+    from tqdm import tqdm
+
+    rows, header = [], extra_header(tokenizer)
+    counts = dict.fromkeys(("kept", "skipped by type", "too long", "unusable"), 0)
+    bar = tqdm(total=len(dataset), desc="tokenizing", unit="row")
+    for batch in dataset.iter(1000):
+        texts = list(zip(batch["query"], batch["response"], batch["type"] if filter_type else batch["query"]))
+        for i, row in enumerate(texts):
+            if not all(isinstance(text, str) for text in row):
+                raise InputError(f"row {bar.n + i} of the dataset holds something else than texts: {row!r:.200}")
+        wanted = [(query, response) for query, response, kind in texts if not (filter_type and filter_type in kind)]
+        counts["skipped by type"] += len(texts) - len(wanted)
+        for row in tokenize(wanted, tokenizer, header):
+            fate = "unusable" if row is None else "too long" if len(row[1]) > max_len else "kept"
+            counts[fate] += 1
+            if fate == "kept":
+                rows.append(row)
+            if len(rows) == max_samples > 0:
+                bar.close()
+                return rows, counts
+        bar.update(len(texts))
+    bar.close()
+    return rows, counts
+
+
+def user_turn(query):
+    """The message that asks a question, in training and in decoding."""
+    return {"role": "user", "content": INSTRUCTION.format(query=query)}
+
+
+def tokenize(pairs, tokenizer, header):
+    """[(query, response)] -> [(prompt_len, full_ids), or None for a row that cannot be used].
+
+    header: what to cut from the end of a conversation, see extra_header. Prompt and whole conversation are tokenized
+    both. Where a token reaches over the border between them, the answer is tokenized on its own behind the prompt's
+    tokens: decoding, too, starts from exactly these.
+    """
+    if not pairs:
+        return []
+    users = [[user_turn(query)] for query, _ in pairs]
+    chats = [user + [{"role": "assistant", "content": response}] for user, (_, response) in zip(users, pairs)]
+    prompts = tokenizer.apply_chat_template(users, tokenize=False, add_generation_prompt=True)
+    fulls = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=False)
+    fulls = [full.removesuffix(header) for full in fulls]
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    prompt_ids = tokenizer(prompts, **options)["input_ids"]
+    full_ids = tokenizer(fulls, **options)["input_ids"]
+    rows = []
+    for pair, prompt, full, start, ids in zip(pairs, prompts, fulls, prompt_ids, full_ids):
+        if not (pair[0].strip() and pair[1].strip() and full.startswith(prompt)):
+            rows.append(None)
+            continue
+        if ids[: len(start)] != start:
+            ids = start + tokenizer(full[len(prompt) :], **options)["input_ids"]
+        rows.append((len(start), ids))
+    return rows
+
+
+def extra_header(tokenizer):
+    """The assistant header that some chat templates put behind the last answer, unasked; '' if this one does not.
+
+    LLaDA's template ends every conversation with one, whatever add_generation_prompt says. Found by rendering a probe:
+    what follows an answer in mid-conversation is its end of turn E and the user's header U, and U also opens the
+    conversation, behind a bos token. What follows the last answer is E, or E and the extra header. Raises InputError.
+    """
+    added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    opening, before_answer, user_header, _ = around(tokenizer, added, "user", "assistant", "user")
+    *_, ending = around(tokenizer, added, "user", "assistant")
+    shared = len(os.path.commonprefix([opening[::-1], user_header[::-1]]))  # the length of U
+    end_of_turn = user_header[: len(user_header) - shared]
+    header = ending.removeprefix(end_of_turn)
+    if not header or not before_answer.endswith(header):
+        return ""
+    for i, token in enumerate(added):
+        header, opening = (text.replace(chr(0xF0000 + i), token) for text in (header, opening))
+    if not end_of_turn and len(opening) > shared and opening[:-shared] != tokenizer.bos_token:
+        raise InputError("the chat template does not show where an answer ends; render the dataset with another template.")
+    return header
+
+
+def around(tokenizer, added, *roles):
+    """The rendered text before, between and after the contents of messages with these roles.
+
+    Added tokens become single characters, so that a comparison by characters cannot cut one in two.
+    """
+    contents = [f"<probe {i}>" for i in range(len(roles))]
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+    for i, token in enumerate(added):
+        text = text.replace(token, chr(0xF0000 + i))
+    return re.split("|".join(contents), text)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,431 @@
+"""What both trainers share: rows, block schedule, LoRA model, DeepSpeed engine, training loop, logs, checkpoints.
+
+A line belongs here only if changing it for one trainer and not for the other would make their comparison unfair.
+Letters in shapes: N rows of the data, G rows of a global batch, B rows of a micro-batch, L row length, V vocabulary,
+n scored positions. Every random number of a step comes from (SEED, step), dropout's also from the rank, and each rank
+draws the masks of the whole global batch and uses its own rows: so masks differ between rows, not with the number of ranks.
+"""
+
+import csv
+import json
+import math
+import os
+import pickle
+import random
+import resource
+import sys
+import time
+import zipfile
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+import torch.nn.functional as F
+import transformers
+from deepspeed.accelerator import get_accelerator
+from peft import LoraConfig, get_peft_model
+from tqdm import tqdm
+
+import llada
+import masking
+import merge
+from cli import InputError
+
+LINEARS = sorted(name.rpartition(".")[2] for name in llada.MODULES.values() if name.endswith("_proj"))
+
+
+def train(knobs, turns, hide):
+    """Fine-tunes LoRA adapters, logs every optimizer step, saves merged checkpoints. Run by the deepspeed launcher.
+
+    knobs: the script's constants. turns: answer lengths (N,) -> how often each row can be drawn in the run, (N,).
+    hide: (prompt_len (G,), length (G,), turn (G,), generator=) -> hidden, scored, both (G, L) bool (see masking.py).
+    Raises InputError before anything is trained or written if something in the knobs, the rows or the model is wrong.
+    """
+    place = Place.from_launcher()
+    base = llada.local_folder(knobs.MODEL)
+    rows = load_rows(knobs, check_model(base, knobs))
+    plan = schedule(turns(rows.length - rows.prompt_len), knobs.EPOCHS, knobs.SEED)  # (P, 2)
+    steps = plan_steps(knobs, place, rows, plan)
+    model = lora_model(base, knobs, place.device)
+    engine = start_engine(model, knobs, steps)
+    rows, plan = rows.to(place.device), plan.to(place.device)
+    log = Log(knobs, place, steps)
+
+    for step in tqdm(range(1, steps + 1), desc="training", unit="step", disable=place.rank != 0):
+        began, lr = time.perf_counter(), engine.get_lr()[0]
+        loss, supervised = train_step(engine, knobs, place, rows, plan, hide, step)
+        seconds = time.perf_counter() - began
+        log.row(step, loss, lr, engine.get_global_grad_norm(), supervised, global_batch(knobs, place) * knobs.MAX_LEN / seconds)
+        if step == steps or (knobs.SAVE_EVERY and step % knobs.SAVE_EVERY == 0):
+            save_checkpoint(model, base, knobs, place, log, rows, step)
+    log.close()
+    dist.destroy_process_group()
+
+
+def train_step(engine, knobs, place, rows, plan, hide, step):
+    """One optimizer step over the global batch `step` (from 1). Returns its loss (a float) and its scored tokens."""
+    size = global_batch(knobs, place)
+    sample, turn = plan[(step - 1) * size : step * size].T  # (G,), (G,)
+    generator = torch.Generator(place.device).manual_seed(derive_seed(knobs.SEED, "masks", step))
+    hidden, scored = hide(rows.prompt_len[sample], rows.length[sample], turn, generator=generator)  # (G, L), (G, L)
+    weights = masking.sample_mean_weights(scored)  # (G, L)
+    torch.manual_seed(derive_seed(knobs.SEED, "dropout", step, place.rank))
+    total = torch.zeros((), device=place.device)
+    for micro in range(knobs.GRAD_ACC):
+        start = (micro * place.world + place.rank) * knobs.MICRO_BSIZE
+        mine = slice(start, start + knobs.MICRO_BSIZE)
+        ids, ask = rows.ids[sample[mine]].long(), scored[mine]  # (B, L), (B, L)
+        inputs = ids.masked_fill(hidden[mine], knobs.MASK_ID)
+        logits = engine(input_ids=inputs, logits_to_keep=ask).logits  # (n, V): the head only where there is a loss
+        loss = masking.loss(logits, ids[ask], weights[mine][ask])  # this micro-batch's part of the global batch's loss
+        engine.backward(loss * place.world * knobs.GRAD_ACC)  # because the engine averages over ranks and micro-batches
+        total += loss.detach()
+        if micro == knobs.GRAD_ACC - 1:
+            dist.all_reduce(total)
+            stop_if_not_finite(total.item(), "loss", step)
+        engine.step()  # changes the weights at the last micro-batch only
+    stop_if_not_finite(float(engine.get_global_grad_norm()), "gradient norm", step)
+    supervised = int(scored.sum())
+    return (total.item() if supervised else math.nan), supervised
+
+
+def stop_if_not_finite(value, what, step):
+    if not math.isfinite(value):
+        raise InputError(f"the {what} of step {step} is {value}; nothing was saved. Lower LR, or check the rows and the model.")
+
+
+# ---------------------------------------------------------------- ranks, random numbers, sizes
+
+
+@dataclass
+class Place:
+    """Where this process stands among all ranks, and its device."""
+
+    rank: int
+    world: int
+    local_rank: int  # on this machine
+    local_world: int
+    device: torch.device
+
+    @classmethod
+    def from_launcher(cls):
+        env = os.environ
+        if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= env.keys():
+            raise InputError(f"start this script with the launcher: deepspeed --num_gpus N {sys.argv[0]}")
+        local_rank, world = int(env["LOCAL_RANK"]), int(env["WORLD_SIZE"])
+        local_world = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world)  # torchrun's or deepspeed's name
+        get_accelerator().set_device(local_rank)
+        device = torch.device(get_accelerator().device_name(local_rank))
+        return cls(int(env["RANK"]), world, local_rank, local_world, device)
+
+
+def derive_seed(seed, *names):
+    """An independent 63-bit seed for each purpose, the same on every machine."""
+    return random.Random(repr((seed, *names))).getrandbits(63)
+
+
+def global_batch(knobs, place):
+    return knobs.MICRO_BSIZE * knobs.GRAD_ACC * place.world
+
+
+def plan_steps(knobs, place, rows, plan):
+    """The number of optimizer steps; prints on rank 0 how it and the other sizes come about. Raises InputError."""
+    size, n, draws = global_batch(knobs, place), len(rows.length), len(plan)
+    factors = f"{size:,} = {knobs.MICRO_BSIZE} MICRO_BSIZE x {knobs.GRAD_ACC} GRAD_ACC x {place.world} ranks"
+    if n < size:
+        raise InputError(
+            f"{knobs.PT_FILE}: {n:,} usable rows (MAX_SAMPLES {knobs.MAX_SAMPLES}) are fewer than one global batch of "
+            f"{factors}; lower MICRO_BSIZE or GRAD_ACC, or prepare more rows."
+        )
+    steps = knobs.TOTAL_TRAIN_STEPS or draws // size
+    if steps > draws // size:
+        raise InputError(
+            f"TOTAL_TRAIN_STEPS={steps} is more than the {draws // size} steps that {n:,} rows and EPOCHS={knobs.EPOCHS} "
+            f"give at a global batch of {factors}; raise EPOCHS or MAX_SAMPLES, or lower TOTAL_TRAIN_STEPS."
+        )
+    used_up = n * knobs.EPOCHS - draws
+    say(place, "rows", f"{n:,} of {knobs.PT_FILE}, {int((rows.length - rows.prompt_len).sum()):,} answer tokens")
+    if rows.unanswered:
+        say(place, "", f"{rows.unanswered:,} rows without an answer were left out")
+    say(place, "draws", f"{draws:,} = {n:,} rows x {knobs.EPOCHS} EPOCHS" + f" - {used_up:,} with no block left" * (used_up > 0))
+    say(place, "global batch", factors)
+    say(place, "steps", f"{steps:,}" + (" = TOTAL_TRAIN_STEPS" if knobs.TOTAL_TRAIN_STEPS else f" = {draws:,} draws // {size:,}"))
+    say(place, "tokens/step", f"{size * knobs.MAX_LEN:,} = {size:,} rows x {knobs.MAX_LEN} MAX_LEN")
+    say(place, "warm-up", f"{warmup_steps(steps, knobs.WARMUP_RATIO)} steps = {knobs.WARMUP_RATIO:.0%} of {steps:,}, then cosine")
+    return steps
+
+
+def say(place, what, text):
+    """A line of the report, on rank 0 only."""
+    if place.rank == 0:
+        tqdm.write(f"{what:<13}{text}")
+
+
+# ---------------------------------------------------------------- rows and their order
+
+
+@dataclass
+class Rows:
+    """The training rows as tensors."""
+
+    ids: torch.Tensor  # (N, L) int32, right-padded
+    prompt_len: torch.Tensor  # (N,) where the answer starts
+    length: torch.Tensor  # (N,) where it ends
+    unanswered: int  # rows that were left out because there is nothing after their prompt
+
+    def to(self, device):
+        return replace(self, ids=self.ids.to(device), prompt_len=self.prompt_len.to(device), length=self.length.to(device))
+
+
+def load_rows(knobs, config):
+    """Reads PT_FILE, checks every row against the model's config and the knobs, pads to MAX_LEN. Raises InputError."""
+    path, rows = knobs.PT_FILE, read_pt(knobs.PT_FILE)
+    for i, row in enumerate(rows):
+        if problem := row_problem(row, knobs.MAX_LEN):
+            raise InputError(f"{path}: row {i} {problem}")
+    full_ids = [row["full_ids"] for row in rows]
+    ids = torch.nn.utils.rnn.pad_sequence(full_ids, batch_first=True, padding_value=config.pad_token_id)  # (all, longest)
+    check_ids(path, ids, config.vocab_size, knobs.MASK_ID)
+    prompt_len = torch.tensor([row["prompt_len"] for row in rows])
+    length = torch.tensor([len(row) for row in full_ids])
+    answered = (prompt_len < length).nonzero()[:, 0]
+    used = answered[: knobs.MAX_SAMPLES or None]
+    if not len(used):
+        raise InputError(f"{path}: no usable row, none of its {len(rows)} rows has an answer; write it anew with pt.py.")
+    ids = F.pad(ids[used].int(), (0, knobs.MAX_LEN - ids.shape[1]), value=config.pad_token_id)  # (N, L)
+    return Rows(ids, prompt_len[used], length[used], unanswered=len(rows) - len(answered))
+
+
+def read_pt(path):
+    """The list in a .pt file, read without running any code from it. Raises InputError."""
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist; write it with pt.py, or name another with --PT_FILE=...")
+    if not zipfile.is_zipfile(path):  # torch.save writes a zip, and a truncated one has lost its end
+        raise InputError(f"{path} is truncated or was not written by pt.py; write it anew.")
+    try:
+        rows = torch.load(path, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}); write it anew with pt.py.") from error
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"{path} does not hold a list of rows; write it anew with pt.py.")
+    return rows
+
+
+def row_problem(row, max_len):
+    """What is wrong with the form of one row of a .pt file, or None."""
+    if not isinstance(row, dict) or not {"prompt_len", "full_ids"} <= row.keys():
+        return "lacks the keys prompt_len and full_ids; write the file anew with pt.py."
+    ids, prompt_len = row["full_ids"], row["prompt_len"]
+    if not isinstance(ids, torch.Tensor) or ids.dtype != torch.long or ids.dim() != 1:
+        return "has full_ids that are not a 1-D LongTensor; write the file anew with pt.py."
+    if type(prompt_len) is not int or not 0 <= prompt_len <= len(ids):
+        return f"has prompt_len {prompt_len}, outside its {len(ids)} tokens; write the file anew with pt.py."
+    if len(ids) > max_len:
+        return f"has {len(ids)} tokens, more than MAX_LEN {max_len}; raise MAX_LEN or run pt.py with --max_len {max_len}."
+    return None
+
+
+def check_ids(path, ids, vocab_size, mask_id):
+    """Refuses ids (N, any) that are outside the vocabulary or are the mask itself. Raises InputError."""
+    for bad, why in (
+        ((ids < 0) | (ids >= vocab_size), f"outside the model's vocabulary of {vocab_size:,}; use the tokenizer of MODEL"),
+        (ids == mask_id, "which is MASK_ID; hidden tokens are masked in training, not in the data. Is MASK_ID right"),
+    ):
+        if bad.any():
+            row, column = (int(x) for x in bad.nonzero()[0])
+            raise InputError(f"{path}: row {row} contains the id {int(ids[row, column])}, {why}?")
+
+
+def schedule(turns, epochs, seed):
+    """The order of training: (P, 2) pairs (row, turn), from the seed alone, the same for every number of ranks.
+
+    turns: (N,) how often each row can be drawn at all; in Blockwise SFT, its number of blocks. In every epoch each row
+    that has a turn left is drawn once, in random order, and takes one of its unused turns, uniformly: so each pair
+    comes at most once, and rows that are used up drop out. Step s trains the pairs from (s - 1) * G on.
+    """
+    most = int(turns.max())
+    keys = torch.rand(len(turns), most, generator=torch.Generator().manual_seed(derive_seed(seed, "turns")))
+    keys[torch.arange(most) >= turns[:, None]] = 2.0  # turns that the row does not have come last
+    order = keys.argsort(dim=1)  # (N, most): the row's turns in the order of their use
+    pairs = []
+    for epoch in range(min(epochs, most)):
+        left = (turns > epoch).nonzero()[:, 0]
+        left = left[torch.randperm(len(left), generator=torch.Generator().manual_seed(derive_seed(seed, "rows", epoch)))]
+        pairs.append(torch.stack([left, order[left, epoch]], dim=1))
+    return torch.cat(pairs)
+
+
+# ---------------------------------------------------------------- model and engine
+
+
+def check_model(folder, knobs):
+    """Checks the base against the knobs, before anything large is read. Returns its config. Raises InputError."""
+    config = llada.load_config(folder)
+    llada.check_tensors(folder, config)
+    if config.mask_token_id not in (None, knobs.MASK_ID):
+        raise InputError(f"MASK_ID={knobs.MASK_ID}, but {folder}/config.json has mask_token_id {config.mask_token_id}.")
+    if knobs.MASK_ID >= config.vocab_size:
+        raise InputError(f"MASK_ID={knobs.MASK_ID} is outside the model's vocabulary of {config.vocab_size:,}.")
+    if config.pad_token_id is None:
+        raise InputError(f"{folder}/config.json has no pad_token_id, which the rows are padded with.")
+    if knobs.MAX_LEN > config.max_position_embeddings:
+        raise InputError(f"MAX_LEN={knobs.MAX_LEN} is more than the {config.max_position_embeddings} positions of the model.")
+    for name in knobs.TARGET_MODS:
+        if name not in LINEARS:
+            raise InputError(f"TARGET_MODS: {name!r} matches no layer of the model; choose from {', '.join(LINEARS)}.")
+    return config
+
+
+def lora_model(folder, knobs, device):
+    """The base with LoRA adapters in its own dtype, the same on every rank."""
+    if int(os.environ["RANK"]) != 0:
+        transformers.utils.logging.disable_progress_bar()
+    model = llada.load_model(folder, torch.bfloat16 if knobs.BF16 else torch.float32, device)
+    if knobs.GRADIENT_CHECKPOINTING:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    transformers.set_seed(knobs.SEED)
+    lora = LoraConfig(
+        r=knobs.LORA_R, lora_alpha=knobs.LORA_ALPHA, lora_dropout=knobs.LORA_DROPOUT, target_modules=knobs.TARGET_MODS
+    )
+    return get_peft_model(model, lora, autocast_adapter_dtype=False)
+
+
+def engine_config(knobs):
+    """The DeepSpeed configuration. torch_adam: torch's own AdamW, which needs no kernel compiled at the first start."""
+    adamw = {"lr": knobs.LR, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": knobs.WEIGHT_DECAY, "torch_adam": True}
+    return {
+        "train_micro_batch_size_per_gpu": knobs.MICRO_BSIZE,
+        "gradient_accumulation_steps": knobs.GRAD_ACC,
+        "gradient_clipping": knobs.MAX_GRAD_NORM,
+        "optimizer": {"type": "AdamW", "params": adamw | {"fused": True} if torch.cuda.is_available() else adamw},
+        "bf16": {"enabled": knobs.BF16},
+        "zero_optimization": {"stage": 2, "overlap_comm": False},  # adapter gradients are small: overlap gains nothing
+    }
+
+
+def start_engine(model, knobs, steps):
+    """The DeepSpeed ZeRO-2 engine, with warm-up and cosine planned for exactly `steps` optimizer steps."""
+    if get_accelerator().device_name() == "cpu":  # gloo serves; the shared-memory op would be compiled first, with g++
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("WARNING")
+    deepspeed.init_distributed(timeout=timedelta(hours=1))  # the default of 10 minutes is short for saving to a slow disk
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=[p for p in model.parameters() if p.requires_grad],
+        config=engine_config(knobs),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda done: lr_factor(done, steps, knobs.WARMUP_RATIO, knobs.MIN_LR_RATIO)
+        ),
+    )
+    return engine
+
+
+def warmup_steps(steps, ratio):
+    return min(steps - 1, math.ceil(steps * ratio))
+
+
+def lr_factor(done, steps, warmup_ratio, min_ratio):
+    """Share of LR in the step after `done` steps: linear up to 1, then a cosine that ends at min_ratio in the last step."""
+    warmup = warmup_steps(steps, warmup_ratio)
+    if done < warmup:
+        return (done + 1) / warmup
+    progress = (done + 1 - warmup) / (steps - warmup)
+    return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+# ---------------------------------------------------------------- logs and checkpoints
+
+
+def make_unused(path):
+    """Creates the folder `path`, or path-v2, path-v3, ... if it exists already. Returns its Path."""
+    for v in count(1):
+        folder = Path(path if v == 1 else f"{path}-v{v}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+
+
+class Log:
+    """The run's folder {CKPT_DIR}_logs: the constants in force once, and a line per optimizer step. Written by rank 0."""
+
+    METRICS = ["step", "loss", "lr", "grad_norm", "supervised_tokens", "tokens_per_second", "peak_memory_gb"]
+
+    def __init__(self, knobs, place, steps):
+        self.place, self.began, self.losses = place, time.perf_counter(), []
+        folder = [make_unused(f"{knobs.CKPT_DIR}_logs") if place.rank == 0 else None]
+        dist.broadcast_object_list(folder, src=0)
+        self.folder = folder[0]
+        if place.rank == 0:
+            derived = {"script": Path(sys.argv[0]).name, "ranks": place.world, "total_steps": steps}
+            versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "peft")}
+            write_json(self.folder / "ablation_config.json", vars(knobs) | {"derived": derived | versions})
+            write_json("ds_zero2.json", engine_config(knobs))
+            self.files = [open(self.folder / name, "x", newline="") for name in ("train_loss.csv", "metrics.csv")]
+            for file, header in zip(self.files, (self.METRICS[:2], self.METRICS)):
+                self.write(file, header)
+
+    def write(self, file, values):
+        csv.writer(file, lineterminator="\n").writerow(values)
+        file.flush()
+
+    def row(self, step, loss, lr, grad_norm, supervised, tokens_per_second):
+        if self.place.rank == 0:
+            self.losses.append(loss)
+            short = [step, f"{loss:.6f}"]
+            rest = [f"{lr:.6e}", f"{grad_norm:.6f}", supervised, f"{tokens_per_second:.1f}", f"{peak_memory_gb():.3f}"]
+            self.write(self.files[0], short)
+            self.write(self.files[1], short + rest)
+
+    def close(self):
+        if self.place.rank == 0:
+            seconds = time.perf_counter() - self.began
+            say(self.place, "done", f"{len(self.losses)} steps in {seconds:.0f} s, loss {self.losses[0]:.4f} -> {self.losses[-1]:.4f}")
+            say(self.place, "logs", f"{self.folder}/train_loss.csv, metrics.csv, ablation_config.json")
+            for file in self.files:
+                file.close()
+
+
+def write_json(path, content):
+    Path(path).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def peak_memory_gb():
+    """Highest memory of this rank so far: of the GPU if there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def save_checkpoint(model, base, knobs, place, log, rows, step):
+    """Writes {CKPT_DIR}_stepXXXX, the base with the adapters merged in; it appears under that name only when complete."""
+    began, unfinished = time.perf_counter(), log.folder / f"step{step:04d}.unfinished"
+    if place.rank == 0:
+        unfinished.mkdir()
+    dist.barrier()
+    if place.rank < place.local_world:  # the ranks of the first machine share the work; others may not see its disk
+        merge.merge_weights(base, unfinished, merge.lora_factors(model), place.rank, place.local_world)
+    dist.barrier()
+    if place.rank == 0:
+        merge.copy_side_files(base, unfinished)
+        folder = make_unused(f"{knobs.CKPT_DIR}_step{step:04d}")
+        unfinished.rename(folder)  # over the empty folder, which reserved the name
+        say(place, "checkpoint", f"{folder}/ in {time.perf_counter() - began:.1f} s")
+        say(place, "", logit_gap(model, base, folder, rows, knobs.MASK_ID))
+    dist.barrier()
+
+
+def logit_gap(model, base, folder, rows, mask_id):
+    """merge.logit_gap on the first rows, seen as decoding first sees them: all of the answer hidden."""
+    few = slice(0, 4)
+    _, answer, _ = masking.regions(rows.prompt_len[few], rows.length[few], 0 * rows.length[few], rows.ids.shape[1], rows.ids.shape[1])
+    model.eval()
+    sentence = merge.logit_gap(model, base, folder, rows.ids[few].long().masked_fill(answer, mask_id), answer)
+    model.train()
+    return sentence

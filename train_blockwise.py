@@ -1,0 +1,70 @@
+"""Blockwise SFT of LLaDA: each sample trains one block of its answer, seen as block-by-block decoding will see it.
+
+    deepspeed --num_gpus 8 train_blockwise.py [--NAME=value ...]
+
+The constants below are the knobs; edit them here or override them on the command line. What is hidden and what is scored
+is in masking.py; everything that this trainer has in common with train_fullseq.py is in sft.py.
+"""
+
+import sys
+from functools import partial
+
+from cli import override, run
+
+# ---------------------------------------------------------------- model and data
+MODEL = "GSAI-ML/LLaDA-8B-Instruct"  # hub id or local folder
+PT_FILE = "MathQA_256.pt"  # written by pt.py with the tokenizer of MODEL
+CKPT_DIR = "ckpts_stagewise_sft_32"  # start of the names of the checkpoint and log folders
+MASK_ID = 126336  # LLaDA's <|mdm_mask|>; other bases have other ids, and the config of the base is compared
+MAX_LEN = 256  # every row is padded to this; longer rows are refused
+MAX_SAMPLES = 200 * 32  # rows of PT_FILE to train on, from its start; 0 = all
+
+# ---------------------------------------------------------------- method
+BLOCK_SIZE = 32  # tokens; best the block length of decoding
+MASK_PROB_EPS = 1e-3  # the mask ratio of a sample is uniform between this and 1
+PREFIX_MASK_RATE = 0.0  # share of the earlier blocks that is hidden; decoding shows them complete
+SUFFIX_MASK_PROB = 1.0  # share of the later blocks that is hidden; decoding has not written them yet
+
+# ---------------------------------------------------------------- adapters
+LORA_R = 256
+LORA_ALPHA = 512
+LORA_DROPOUT = 0.05  # 0.0 saves a third of the activation memory
+TARGET_MODS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+# ---------------------------------------------------------------- optimization
+LR = 1e-5  # AdamW, betas (0.9, 0.95)
+WEIGHT_DECAY = 0.0
+WARMUP_RATIO = 0.1  # share of the steps with linear warm-up; then cosine
+MIN_LR_RATIO = 0.01  # share of LR that is left in the last step
+MAX_GRAD_NORM = 1.0
+MICRO_BSIZE = 32  # rows per rank and forward pass; out of memory: halve this and double GRAD_ACC
+GRAD_ACC = 1  # forward passes per optimizer step
+EPOCHS = 1  # in each epoch a sample trains one block that it has not trained yet
+TOTAL_TRAIN_STEPS = 0  # optimizer steps over the global batch; 0 = as many as EPOCHS gives
+SAVE_EVERY = 0  # optimizer steps between checkpoints; 0 = once, at the end
+SEED = 42
+BF16 = True  # False = fp32, for CPUs
+GRADIENT_CHECKPOINTING = False  # True: far less activation memory, about a third slower
+
+
+def main():
+    knobs = override(globals(), sys.argv[1:])
+    import masking  # only now: a typing error in a knob is reported without waiting for torch
+    import sft
+
+    sft.train(
+        knobs,
+        turns=partial(masking.num_blocks, block_size=BLOCK_SIZE),
+        hide=partial(
+            masking.blockwise_masks,
+            max_len=MAX_LEN,
+            block_size=BLOCK_SIZE,
+            mask_prob_eps=MASK_PROB_EPS,
+            prefix_mask_rate=PREFIX_MASK_RATE,
+            suffix_mask_prob=SUFFIX_MASK_PROB,
+        ),
+    )
+
+
+if __name__ == "__main__":
+    run(main)
