@@ -5,6 +5,8 @@ import difflib
 import math
 import os
 import sys
+import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 
@@ -16,11 +18,13 @@ class InputError(ValueError):
 RANGES = {
     "MASK_ID": (0, math.inf), "SEED": (0, 2**63 - 1),
     "MAX_LEN": (2, math.inf), "MAX_SAMPLES": (0, math.inf), "EPOCHS": (1, math.inf),
-    "BLOCK_SIZE": (1, math.inf), "MASK_PROB_EPS": (0.0, 1.0), "PREFIX_MASK_RATE": (0.0, 1.0), "SUFFIX_MASK_PROB": (0.0, 1.0),
+    "BLOCK_SIZE": (1, math.inf), "MASK_PROB_EPS": (0.0, 1.0),
+    "PREFIX_MASK_RATE": (0.0, 1.0), "SUFFIX_MASK_PROB": (0.0, 1.0),
     "LORA_R": (1, math.inf), "LORA_ALPHA": (1, math.inf), "LORA_DROPOUT": (0.0, 0.99),
     "LR": (1e-12, 1.0), "WARMUP_RATIO": (0.0, 1.0), "MIN_LR_RATIO": (0.0, 1.0), "WEIGHT_DECAY": (0.0, 1.0),
     "MAX_GRAD_NORM": (1e-12, math.inf),
-    "MICRO_BSIZE": (1, math.inf), "GRAD_ACC": (1, math.inf), "TOTAL_TRAIN_STEPS": (0, math.inf), "SAVE_EVERY": (0, math.inf),
+    "MICRO_BSIZE": (1, math.inf), "GRAD_ACC": (1, math.inf),
+    "TOTAL_TRAIN_STEPS": (0, math.inf), "SAVE_EVERY": (0, math.inf),
 }  # fmt: skip
 
 
@@ -50,10 +54,9 @@ def parse(name, text, default):
     """Reads `text` as a value of the type of `default` and checks its range. Raises InputError."""
     value = text
     if not isinstance(default, str):
-        try:
+        # the errors are all that literal_eval can raise; the value stays text then, which the type check refuses
+        with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             value = ast.literal_eval(text)
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that literal_eval can raise
-            pass  # stays text, which the type check below refuses
     int_for_float = type(default) is float and type(value) is int
     if type(value) is not type(default) and not int_for_float:
         raise InputError(f"--{name}={text} is not of type {type(default).__name__}; the default is {default!r}.")
@@ -68,8 +71,13 @@ def parse(name, text, default):
 
 
 def run(main):
-    """Runs main(); an InputError ends the process with its sentence and exit code 1, said once on each machine."""
+    """Runs main(); an InputError ends the process with its sentence and exit code 1.
+
+    All ranks meet the same bad input, so one of them says it: the others leave it 10 seconds to do so and to end the job.
+    """
     try:
         main()
     except InputError as error:
-        sys.exit(f"error: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(10)
+        sys.exit(f"error: {error}")

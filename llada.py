@@ -181,7 +181,9 @@ def check_tensors(folder, config):
         if tensor.get_shape() != shape:
             raise InputError(f"{folder}/{file}: tensor {name} is {tensor.get_shape()}, its config says {shape}.")
         if tensor.get_dtype() not in ("BF16", "F16", "F32", "F64"):
-            raise InputError(f"{folder}/{file}: tensor {name} is {tensor.get_dtype()}; quantized weights cannot be used.")
+            raise InputError(
+                f"{folder}/{file}: tensor {name} is {tensor.get_dtype()}; quantized weights cannot be used."
+            )
     for name, (_, file) in found.items():
         if name not in needed:
             raise InputError(f"{folder}/{file}: unexpected tensor {name}; a LLaDA of this config has none.")

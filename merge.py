@@ -28,10 +28,11 @@ def lora_layers(model):
 
 def lora_factors(model):
     """{weight name in the hub's files: (A (r, in), B (out, r), scale)} of a PEFT model."""
-    return {
-        name: (layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach(), layer.scaling["default"])
-        for name, layer in lora_layers(model)
-    }
+    factors = {}
+    for name, layer in lora_layers(model):
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        factors[name] = (a.detach(), b.detach(), layer.scaling["default"])
+    return factors
 
 
 def merge_weights(base, out, factors, part=0, parts=1):
@@ -67,7 +68,7 @@ def merge_shard(source, target, factors):
 
 
 def write_tensor(out, base, factor):
-    """Appends the bytes of `base`, a safetensors slice, to the open file `out`; factor: (A, B, scale) to merge, or None."""
+    """Appends the bytes of `base`, a safetensors slice, to the file `out`; factor: (A, B, scale) to merge, or None."""
     rows, *rest = base.get_shape()
     step = max(1, CHUNK // math.prod(rest))
     for start in range(0, rows, step):
@@ -88,7 +89,7 @@ def copy_side_files(base, out):
             shutil.copy(file, out / file.name)
     rewrite(out / "config.json", lambda config: dict.fromkeys({"dtype", "torch_dtype"} & config.keys(), "bfloat16"))
     if (out / INDEX).exists():
-        size = sum(math.prod(t["shape"]) * 2 for file in llada.weight_files(out) for t in tensors(file).values())
+        size = sum(2 * math.prod(t["shape"]) for file in llada.weight_files(out) for t in tensors(file).values())
         rewrite(out / INDEX, lambda index: {"metadata": index.get("metadata", {}) | {"total_size": size}})
 
 

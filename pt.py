@@ -9,6 +9,7 @@ Output: torch.save of a list of {"prompt_len": int, "full_ids": LongTensor}. ful
 import argparse
 import os
 import re
+from itertools import takewhile
 from pathlib import Path
 
 from cli import InputError, run
@@ -22,8 +23,8 @@ INSTRUCTION = (
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="MathQA_256.pt", help="file to write")
-    parser.add_argument("--model", default="GSAI-ML/LLaDA-8B-Instruct", help="hub id or local folder with the tokenizer")
-    parser.add_argument("--dataset", default="meta-math/MetaMathQA", help="hub id or local folder of jsonl or parquet files")
+    parser.add_argument("--model", default="GSAI-ML/LLaDA-8B-Instruct", help="hub id or local folder")
+    parser.add_argument("--dataset", default="meta-math/MetaMathQA", help="hub id or folder of jsonl or parquet")
     parser.add_argument("--split", default="train")
     parser.add_argument("--max_len", type=int, default=256, help="tokens; longer rows are dropped")
     parser.add_argument("--max_samples", type=int, default=20000, help="stop after so many kept rows; 0 = unlimited")
@@ -68,8 +69,9 @@ def load_rows(name, split, needs_type):
         raise InputError(f"--dataset {name}, split {split!r}, cannot be loaded: {reason}") from error
     for column in ["query", "response"] + ["type"] * needs_type:
         if column not in dataset.column_names:
-            hint = " (needed by --filter_type; pass --filter_type '' to keep all rows)" if column == "type" else ""
-            raise InputError(f"--dataset {name} has no column {column!r}{hint}; it has {', '.join(dataset.column_names)}.")
+            hint = ", which --filter_type needs (pass --filter_type '' to keep all rows)" if column == "type" else ""
+            there = ", ".join(dataset.column_names)
+            raise InputError(f"--dataset {name} has no column {column!r}{hint}; its columns are {there}.")
     return dataset
 
 
@@ -147,7 +149,7 @@ def extra_header(tokenizer):
     added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
     opening, before_answer, user_header, _ = around(tokenizer, added, "user", "assistant", "user")
     *_, ending = around(tokenizer, added, "user", "assistant")
-    shared = len(os.path.commonprefix([opening[::-1], user_header[::-1]]))  # the length of U
+    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(reversed(opening), reversed(user_header)))))
     end_of_turn = user_header[: len(user_header) - shared]
     header = ending.removeprefix(end_of_turn)
     if not header or not before_answer.endswith(header):
@@ -155,7 +157,7 @@ def extra_header(tokenizer):
     for i, token in enumerate(added):
         header, opening = (text.replace(chr(0xF0000 + i), token) for text in (header, opening))
     if not end_of_turn and len(opening) > shared and opening[:-shared] != tokenizer.bos_token:
-        raise InputError("the chat template does not show where an answer ends; render the dataset with another template.")
+        raise InputError("the chat template does not show where an answer ends; use a tokenizer with another template.")
     return header
 
 

@@ -2,8 +2,11 @@
 
 A line belongs here only if changing it for one trainer and not for the other would make their comparison unfair.
 Letters in shapes: N rows of the data, G rows of a global batch, B rows of a micro-batch, L row length, V vocabulary,
-n scored positions. Every random number of a step comes from (SEED, step), dropout's also from the rank, and each rank
-draws the masks of the whole global batch and uses its own rows: so masks differ between rows, not with the number of ranks.
+n scored positions.
+
+Every random number of a step comes from (SEED, step), dropout's also from the rank. Each rank draws the masks of the
+whole global batch and uses its own rows of them: ranks see different masks, but a batch has the same for any number of
+ranks.
 """
 
 import csv
@@ -16,7 +19,7 @@ import resource
 import sys
 import time
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from itertools import count
@@ -29,6 +32,7 @@ import torch.nn.functional as F
 import transformers
 from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, get_peft_model
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import llada
@@ -58,9 +62,9 @@ def train(knobs, turns, hide):
 
     for step in tqdm(range(1, steps + 1), desc="training", unit="step", disable=place.rank != 0):
         began, lr = time.perf_counter(), engine.get_lr()[0]
-        loss, supervised = train_step(engine, knobs, place, rows, plan, hide, step)
-        seconds = time.perf_counter() - began
-        log.row(step, loss, lr, engine.get_global_grad_norm(), supervised, global_batch(knobs, place) * knobs.MAX_LEN / seconds)
+        loss, grad_norm, supervised = train_step(engine, knobs, place, rows, plan, hide, step)
+        tokens_per_second = global_batch(knobs, place) * knobs.MAX_LEN / (time.perf_counter() - began)
+        log.row(step, loss, lr, grad_norm, supervised, tokens_per_second)
         if step == steps or (knobs.SAVE_EVERY and step % knobs.SAVE_EVERY == 0):
             save_checkpoint(model, base, knobs, place, log, rows, step)
     log.close()
@@ -68,7 +72,7 @@ def train(knobs, turns, hide):
 
 
 def train_step(engine, knobs, place, rows, plan, hide, step):
-    """One optimizer step over the global batch `step` (from 1). Returns its loss (a float) and its scored tokens."""
+    """One optimizer step over the global batch number `step`, from 1. Returns loss, gradient norm, scored tokens."""
     size = global_batch(knobs, place)
     sample, turn = plan[(step - 1) * size : step * size].T  # (G,), (G,)
     generator = torch.Generator(place.device).manual_seed(derive_seed(knobs.SEED, "masks", step))
@@ -83,20 +87,21 @@ def train_step(engine, knobs, place, rows, plan, hide, step):
         inputs = ids.masked_fill(hidden[mine], knobs.MASK_ID)
         logits = engine(input_ids=inputs, logits_to_keep=ask).logits  # (n, V): the head only where there is a loss
         loss = masking.loss(logits, ids[ask], weights[mine][ask])  # this micro-batch's part of the global batch's loss
-        engine.backward(loss * place.world * knobs.GRAD_ACC)  # because the engine averages over ranks and micro-batches
+        engine.backward(loss * place.world * knobs.GRAD_ACC)  # as the engine averages over ranks and micro-batches
         total += loss.detach()
         if micro == knobs.GRAD_ACC - 1:
             dist.all_reduce(total)
             stop_if_not_finite(total.item(), "loss", step)
         engine.step()  # changes the weights at the last micro-batch only
-    stop_if_not_finite(float(engine.get_global_grad_norm()), "gradient norm", step)
+    grad_norm = float(engine.get_global_grad_norm())
+    stop_if_not_finite(grad_norm, "gradient norm", step)
     supervised = int(scored.sum())
-    return (total.item() if supervised else math.nan), supervised
+    return (total.item() if supervised else math.nan), grad_norm, supervised  # nan: p hid nothing, there is no loss
 
 
 def stop_if_not_finite(value, what, step):
     if not math.isfinite(value):
-        raise InputError(f"the {what} of step {step} is {value}; nothing was saved. Lower LR, or check the rows and the model.")
+        raise InputError(f"the {what} of step {step} is {value}; nothing of it was saved. Try a lower LR.")
 
 
 # ---------------------------------------------------------------- ranks, random numbers, sizes
@@ -118,9 +123,13 @@ class Place:
         if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= env.keys():
             raise InputError(f"start this script with the launcher: deepspeed --num_gpus N {sys.argv[0]}")
         local_rank, world = int(env["LOCAL_RANK"]), int(env["WORLD_SIZE"])
-        local_world = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world)  # torchrun's or deepspeed's name
+        local_world = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world)  # torchrun's, deepspeed's name
         get_accelerator().set_device(local_rank)
         device = torch.device(get_accelerator().device_name(local_rank))
+        if (
+            device.type == "cpu" and "OMP_NUM_THREADS" not in env
+        ):  # ranks that share cores wait for each other's threads
+            torch.set_num_threads(max(1, os.cpu_count() // local_world))
         return cls(int(env["RANK"]), world, local_rank, local_world, device)
 
 
@@ -134,7 +143,7 @@ def global_batch(knobs, place):
 
 
 def plan_steps(knobs, place, rows, plan):
-    """The number of optimizer steps; prints on rank 0 how it and the other sizes come about. Raises InputError."""
+    """The number of optimizer steps. Prints on rank 0 how it and the other sizes come about. Raises InputError."""
     size, n, draws = global_batch(knobs, place), len(rows.length), len(plan)
     factors = f"{size:,} = {knobs.MICRO_BSIZE} MICRO_BSIZE x {knobs.GRAD_ACC} GRAD_ACC x {place.world} ranks"
     if n < size:
@@ -149,14 +158,15 @@ def plan_steps(knobs, place, rows, plan):
             f"give at a global batch of {factors}; raise EPOCHS or MAX_SAMPLES, or lower TOTAL_TRAIN_STEPS."
         )
     used_up = n * knobs.EPOCHS - draws
-    say(place, "rows", f"{n:,} of {knobs.PT_FILE}, {int((rows.length - rows.prompt_len).sum()):,} answer tokens")
-    if rows.unanswered:
-        say(place, "", f"{rows.unanswered:,} rows without an answer were left out")
-    say(place, "draws", f"{draws:,} = {n:,} rows x {knobs.EPOCHS} EPOCHS" + f" - {used_up:,} with no block left" * (used_up > 0))
-    say(place, "global batch", factors)
-    say(place, "steps", f"{steps:,}" + (" = TOTAL_TRAIN_STEPS" if knobs.TOTAL_TRAIN_STEPS else f" = {draws:,} draws // {size:,}"))
-    say(place, "tokens/step", f"{size * knobs.MAX_LEN:,} = {size:,} rows x {knobs.MAX_LEN} MAX_LEN")
-    say(place, "warm-up", f"{warmup_steps(steps, knobs.WARMUP_RATIO)} steps = {knobs.WARMUP_RATIO:.0%} of {steps:,}, then cosine")
+    for what, text in (
+        ("rows", f"{n:,} of {knobs.PT_FILE} ({rows.unanswered:,} without an answer left out)"),
+        ("draws", f"{draws:,} = {n:,} rows x {knobs.EPOCHS} EPOCHS - {used_up:,} with no block left"),
+        ("global batch", factors),
+        ("steps", f"{steps:,} " + ("= TOTAL_TRAIN_STEPS" if knobs.TOTAL_TRAIN_STEPS else f"= {draws:,} // {size:,}")),
+        ("tokens/step", f"{size * knobs.MAX_LEN:,} = {size:,} rows x {knobs.MAX_LEN} MAX_LEN"),
+        ("warm-up", f"{warmup_steps(steps, knobs.WARMUP_RATIO):,} steps = {knobs.WARMUP_RATIO:.0%} of {steps:,}"),
+    ):
+        say(place, what, text)
     return steps
 
 
@@ -179,7 +189,7 @@ class Rows:
     unanswered: int  # rows that were left out because there is nothing after their prompt
 
     def to(self, device):
-        return replace(self, ids=self.ids.to(device), prompt_len=self.prompt_len.to(device), length=self.length.to(device))
+        return Rows(self.ids.to(device), self.prompt_len.to(device), self.length.to(device), self.unanswered)
 
 
 def load_rows(knobs, config):
@@ -189,14 +199,16 @@ def load_rows(knobs, config):
         if problem := row_problem(row, knobs.MAX_LEN):
             raise InputError(f"{path}: row {i} {problem}")
     full_ids = [row["full_ids"] for row in rows]
-    ids = torch.nn.utils.rnn.pad_sequence(full_ids, batch_first=True, padding_value=config.pad_token_id)  # (all, longest)
+    ids = pad_sequence(full_ids, batch_first=True, padding_value=config.pad_token_id)  # (all rows, longest)
     check_ids(path, ids, config.vocab_size, knobs.MASK_ID)
     prompt_len = torch.tensor([row["prompt_len"] for row in rows])
     length = torch.tensor([len(row) for row in full_ids])
     answered = (prompt_len < length).nonzero()[:, 0]
     used = answered[: knobs.MAX_SAMPLES or None]
     if not len(used):
-        raise InputError(f"{path}: no usable row, none of its {len(rows)} rows has an answer; write it anew with pt.py.")
+        raise InputError(
+            f"{path}: no usable row; none of its {len(rows)} rows has an answer. Write it anew with pt.py."
+        )
     ids = F.pad(ids[used].int(), (0, knobs.MAX_LEN - ids.shape[1]), value=config.pad_token_id)  # (N, L)
     return Rows(ids, prompt_len[used], length[used], unanswered=len(rows) - len(answered))
 
@@ -226,19 +238,20 @@ def row_problem(row, max_len):
     if type(prompt_len) is not int or not 0 <= prompt_len <= len(ids):
         return f"has prompt_len {prompt_len}, outside its {len(ids)} tokens; write the file anew with pt.py."
     if len(ids) > max_len:
-        return f"has {len(ids)} tokens, more than MAX_LEN {max_len}; raise MAX_LEN or run pt.py with --max_len {max_len}."
+        return f"has {len(ids)} tokens, more than MAX_LEN={max_len}; raise that, or run pt.py with --max_len {max_len}."
     return None
 
 
 def check_ids(path, ids, vocab_size, mask_id):
     """Refuses ids (N, any) that are outside the vocabulary or are the mask itself. Raises InputError."""
+    outside = (ids < 0) | (ids >= vocab_size)
     for bad, why in (
-        ((ids < 0) | (ids >= vocab_size), f"outside the model's vocabulary of {vocab_size:,}; use the tokenizer of MODEL"),
-        (ids == mask_id, "which is MASK_ID; hidden tokens are masked in training, not in the data. Is MASK_ID right"),
+        (outside, f"outside the model's vocabulary of {vocab_size:,}; prepare the file with the tokenizer of MODEL."),
+        (ids == mask_id, "which is MASK_ID; rows hold no masks, so MASK_ID or the tokenizer is not the model's."),
     ):
         if bad.any():
             row, column = (int(x) for x in bad.nonzero()[0])
-            raise InputError(f"{path}: row {row} contains the id {int(ids[row, column])}, {why}?")
+            raise InputError(f"{path}: row {row} contains the id {int(ids[row, column])}, {why}")
 
 
 def schedule(turns, epochs, seed):
@@ -248,14 +261,18 @@ def schedule(turns, epochs, seed):
     that has a turn left is drawn once, in random order, and takes one of its unused turns, uniformly: so each pair
     comes at most once, and rows that are used up drop out. Step s trains the pairs from (s - 1) * G on.
     """
+
+    def generator(*purpose):
+        return torch.Generator().manual_seed(derive_seed(seed, *purpose))
+
     most = int(turns.max())
-    keys = torch.rand(len(turns), most, generator=torch.Generator().manual_seed(derive_seed(seed, "turns")))
+    keys = torch.rand(len(turns), most, generator=generator("turns"))
     keys[torch.arange(most) >= turns[:, None]] = 2.0  # turns that the row does not have come last
     order = keys.argsort(dim=1)  # (N, most): the row's turns in the order of their use
     pairs = []
     for epoch in range(min(epochs, most)):
         left = (turns > epoch).nonzero()[:, 0]
-        left = left[torch.randperm(len(left), generator=torch.Generator().manual_seed(derive_seed(seed, "rows", epoch)))]
+        left = left[torch.randperm(len(left), generator=generator("rows", epoch))]
         pairs.append(torch.stack([left, order[left, epoch]], dim=1))
     return torch.cat(pairs)
 
@@ -269,12 +286,12 @@ def check_model(folder, knobs):
     llada.check_tensors(folder, config)
     if config.mask_token_id not in (None, knobs.MASK_ID):
         raise InputError(f"MASK_ID={knobs.MASK_ID}, but {folder}/config.json has mask_token_id {config.mask_token_id}.")
-    if knobs.MASK_ID >= config.vocab_size:
+    if config.vocab_size <= knobs.MASK_ID:
         raise InputError(f"MASK_ID={knobs.MASK_ID} is outside the model's vocabulary of {config.vocab_size:,}.")
     if config.pad_token_id is None:
         raise InputError(f"{folder}/config.json has no pad_token_id, which the rows are padded with.")
-    if knobs.MAX_LEN > config.max_position_embeddings:
-        raise InputError(f"MAX_LEN={knobs.MAX_LEN} is more than the {config.max_position_embeddings} positions of the model.")
+    if config.max_position_embeddings < knobs.MAX_LEN:
+        raise InputError(f"MAX_LEN={knobs.MAX_LEN}, but the model has {config.max_position_embeddings} positions.")
     for name in knobs.TARGET_MODS:
         if name not in LINEARS:
             raise InputError(f"TARGET_MODS: {name!r} matches no layer of the model; choose from {', '.join(LINEARS)}.")
@@ -313,7 +330,7 @@ def start_engine(model, knobs, steps):
     if get_accelerator().device_name() == "cpu":  # gloo serves; the shared-memory op would be compiled first, with g++
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
-    deepspeed.init_distributed(timeout=timedelta(hours=1))  # the default of 10 minutes is short for saving to a slow disk
+    deepspeed.init_distributed(timeout=timedelta(hours=1))  # saving to a slow disk can take longer than the 10 minutes
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[p for p in model.parameters() if p.requires_grad],
@@ -330,7 +347,7 @@ def warmup_steps(steps, ratio):
 
 
 def lr_factor(done, steps, warmup_ratio, min_ratio):
-    """Share of LR in the step after `done` steps: linear up to 1, then a cosine that ends at min_ratio in the last step."""
+    """Share of LR in the step after `done` steps: linear up to 1, then a cosine that reaches min_ratio in the last."""
     warmup = warmup_steps(steps, warmup_ratio)
     if done < warmup:
         return (done + 1) / warmup
@@ -355,7 +372,7 @@ def make_unused(path):
 class Log:
     """The run's folder {CKPT_DIR}_logs: the constants in force once, and a line per optimizer step. Written by rank 0."""
 
-    METRICS = ["step", "loss", "lr", "grad_norm", "supervised_tokens", "tokens_per_second", "peak_memory_gb"]
+    METRICS = ("step", "loss", "lr", "grad_norm", "supervised_tokens", "tokens_per_second", "peak_memory_gb")
 
     def __init__(self, knobs, place, steps):
         self.place, self.began, self.losses = place, time.perf_counter(), []
@@ -367,29 +384,27 @@ class Log:
             versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "peft")}
             write_json(self.folder / "ablation_config.json", vars(knobs) | {"derived": derived | versions})
             write_json("ds_zero2.json", engine_config(knobs))
-            self.files = [open(self.folder / name, "x", newline="") for name in ("train_loss.csv", "metrics.csv")]
-            for file, header in zip(self.files, (self.METRICS[:2], self.METRICS)):
-                self.write(file, header)
+            self.write("train_loss.csv", self.METRICS[:2])
+            self.write("metrics.csv", self.METRICS)
 
-    def write(self, file, values):
-        csv.writer(file, lineterminator="\n").writerow(values)
-        file.flush()
+    def write(self, name, values):
+        with open(self.folder / name, "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow(values)
 
     def row(self, step, loss, lr, grad_norm, supervised, tokens_per_second):
         if self.place.rank == 0:
             self.losses.append(loss)
             short = [step, f"{loss:.6f}"]
             rest = [f"{lr:.6e}", f"{grad_norm:.6f}", supervised, f"{tokens_per_second:.1f}", f"{peak_memory_gb():.3f}"]
-            self.write(self.files[0], short)
-            self.write(self.files[1], short + rest)
+            self.write("train_loss.csv", short)
+            self.write("metrics.csv", short + rest)
 
     def close(self):
         if self.place.rank == 0:
             seconds = time.perf_counter() - self.began
-            say(self.place, "done", f"{len(self.losses)} steps in {seconds:.0f} s, loss {self.losses[0]:.4f} -> {self.losses[-1]:.4f}")
+            loss = f"loss {self.losses[0]:.4f} -> {self.losses[-1]:.4f}"
+            say(self.place, "done", f"{len(self.losses)} steps in {seconds:.0f} s, {loss}")
             say(self.place, "logs", f"{self.folder}/train_loss.csv, metrics.csv, ablation_config.json")
-            for file in self.files:
-                file.close()
 
 
 def write_json(path, content):
@@ -423,9 +438,10 @@ def save_checkpoint(model, base, knobs, place, log, rows, step):
 
 def logit_gap(model, base, folder, rows, mask_id):
     """merge.logit_gap on the first rows, seen as decoding first sees them: all of the answer hidden."""
-    few = slice(0, 4)
-    _, answer, _ = masking.regions(rows.prompt_len[few], rows.length[few], 0 * rows.length[few], rows.ids.shape[1], rows.ids.shape[1])
+    ids, prompt_len, length = rows.ids[:4].long(), rows.prompt_len[:4], rows.length[:4]
+    position = torch.arange(ids.shape[1], device=ids.device)
+    answer = (position >= prompt_len[:, None]) & (position < length[:, None])  # (B, L)
     model.eval()
-    sentence = merge.logit_gap(model, base, folder, rows.ids[few].long().masked_fill(answer, mask_id), answer)
+    sentence = merge.logit_gap(model, base, folder, ids.masked_fill(answer, mask_id), answer)
     model.train()
     return sentence

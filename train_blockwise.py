@@ -2,8 +2,8 @@
 
     deepspeed --num_gpus 8 train_blockwise.py [--NAME=value ...]
 
-The constants below are the knobs; edit them here or override them on the command line. What is hidden and what is scored
-is in masking.py; everything that this trainer has in common with train_fullseq.py is in sft.py.
+The constants below are the knobs; edit them here or override them on the command line. What is hidden and what is
+scored is in masking.py; everything that this trainer has in common with train_fullseq.py is in sft.py.
 """
 
 import sys

@@ -64,7 +64,7 @@ def make_config(vocab_size, d_model, n_layers):
 
 
 def pretrain(model, rows, steps, batch_size, lr):
-    """Trains all weights to fill in masked answers and prompts, with the loss of LLaDA's own pre-training up to weights."""
+    """Trains all weights to fill in masked tokens anywhere in prompt and answer. Returns the last loss."""
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
@@ -96,7 +96,7 @@ def main():
     parser.add_argument("--data", required=True, help="folder with jsonl files of query and response")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=200, help="pre-training steps; 0 = random weights")
-    parser.add_argument("--vocab_size", type=int, default=512, help="of the model; the tokenizer uses at most 4096 of it")
+    parser.add_argument("--vocab_size", type=int, default=512, help="the tokenizer uses at most 4096 of it")
     parser.add_argument("--d_model", type=int, default=256)
     parser.add_argument("--n_layers", type=int, default=4)
     parser.add_argument("--max_shard_size", default="4MB")
@@ -105,7 +105,7 @@ def main():
     began = time.perf_counter()
 
     dataset = load_dataset(args.data, split="train")
-    texts = (pt.user_turn(query)["content"] + response for query, response in zip(dataset["query"], dataset["response"]))
+    texts = (pt.user_turn(row["query"])["content"] + row["response"] for row in dataset)
     tokenizer = make_tokenizer(texts, vocab_size=min(args.vocab_size, 4096))
     model = llada.LLaDAForCausalLM(make_config(args.vocab_size, args.d_model, args.n_layers))
     loss = float("nan")
@@ -115,7 +115,8 @@ def main():
     model.to(torch.bfloat16).save_pretrained(args.output, max_shard_size=args.max_shard_size)
     tokenizer.save_pretrained(args.output)
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{Path(args.output)}: {size:.1f} M parameters, loss {loss:.3f} after {args.steps} steps, {time.perf_counter() - began:.0f} s")
+    seconds = time.perf_counter() - began
+    print(f"{Path(args.output)}: {size:.1f} M parameters, loss {loss:.3f} after {args.steps} steps, {seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,62 @@
+"""The end of demo.sh: loads the checkpoints back, and a table of what was trained.
+
+python -m demo.summary demo_run
+"""
+
+import csv
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from datasets import load_dataset
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import llada  # noqa: F401  (registers the model type, so that the Auto classes below work)
+import masking
+import pt
+
+BLOCK_SIZE = 16  # as in demo.sh
+
+
+def heldout_loss(folder, dataset):
+    """The block-wise loss of a checkpoint on every block of problems that were not trained on; the same masks for all."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").float().eval()
+    rows, _ = pt.encode(dataset, tokenizer, max_len=1024, max_samples=0, filter_type="")
+    ids = pad_sequence([torch.tensor(ids) for _, ids in rows], batch_first=True, padding_value=model.config.pad_token_id)
+    prompt_len, length = torch.tensor([(start, len(row)) for start, row in rows]).T
+    generator, losses = torch.Generator().manual_seed(0), []
+    for block in range(int(masking.num_blocks(length - prompt_len, BLOCK_SIZE).max())):
+        hidden, scored = masking.blockwise_masks(
+            prompt_len, length, torch.full_like(length, block), ids.shape[1], block_size=BLOCK_SIZE,
+            mask_prob_eps=1e-3, prefix_mask_rate=0.0, suffix_mask_prob=1.0, generator=generator,
+        )  # fmt: skip
+        with torch.no_grad():
+            inputs = ids.masked_fill(hidden, model.config.mask_token_id)
+            logits = model(input_ids=inputs, logits_to_keep=scored).logits  # (n, V)
+        losses.append(masking.loss(logits, ids[scored], masking.sample_mean_weights(scored)[scored]).item())
+    return fmean(losses)
+
+
+def main():
+    run = Path(sys.argv[1])
+    dataset = load_dataset(str(run / "heldout"), split="train")
+    print(f"\n{'':<15}{'steps':>6}{'first loss':>12}{'last loss':>11}{'tokens/s':>10}{'held-out loss':>15}  checkpoint")
+    print(f"{'base':<15}{'':>6}{'':>12}{'':>11}{'':>10}{heldout_loss(run / 'base', dataset):>15.3f}  {run / 'base'}")
+    for name, label in (("fullseq", "full sequence"), ("blockwise", "block-wise")):
+        with open(run / f"{name}_logs" / "metrics.csv", newline="") as file:
+            metrics = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        tenth = max(1, len(metrics) // 10)
+        first, last = (fmean(row["loss"] for row in part) for part in (metrics[:tenth], metrics[-tenth:]))
+        speed = fmean(row["tokens_per_second"] for row in metrics)
+        (folder,) = run.glob(f"{name}_step*")
+        print(f"{label:<15}{len(metrics):>6}{first:>12.3f}{last:>11.3f}{speed:>10,.0f}", end="")
+        print(f"{heldout_loss(folder, dataset):>15.3f}  {folder}")
+    print("\nFirst and last loss: mean over the first and last tenth of the steps. The trainers ask different questions, so")
+    print("only the held-out loss (block-wise, the same masks for all) compares them. Curves: demo_run/loss.png")
+
+
+if __name__ == "__main__":
+    main()
