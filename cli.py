@@ -73,7 +73,7 @@ def parse(name, text, default):
 def run(main):
     """Runs main(); an InputError ends the process with its sentence and exit code 1.
 
-    All ranks meet the same bad input, so one of them says it: the others leave it 10 seconds to do so and to end the job.
+    All ranks meet the same bad input, so one of them says it: the others give it 10 seconds, in which the job ends.
     """
     try:
         main()

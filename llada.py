@@ -168,7 +168,7 @@ def check_tensors(folder, config):
     for file in weight_files(folder):
         try:
             with safe_open(file, "pt") as tensors:
-                found |= {name: (tensors.get_slice(name), file.name) for name in tensors.keys()}
+                found |= {name: (tensors.get_slice(name), file.name) for name in tensors.offset_keys()}
         except SafetensorError as error:
             raise InputError(f"{file} is damaged ({error}); fetch the model again.") from error
     with torch.device("meta"):

@@ -15,6 +15,7 @@ from safetensors import safe_open
 import llada
 
 CHUNK = 2**23  # elements of a tensor in memory at a time: 32 MB in fp32
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 INDEX = "model.safetensors.index.json"
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx"}  # not side files
 
@@ -45,38 +46,40 @@ def merge_weights(base, out, factors, part=0, parts=1):
         merge_shard(shard, out / shard.name, factors)
 
 
-def tensors(file):
-    """What the header of a safetensors file says: {tensor: {dtype, shape, data_offsets}}, in the order of the data."""
-    with open(file, "rb") as f:
-        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+def read_header(file):
+    """Reads the header of an open safetensors file: {tensor: {dtype, shape, data_offsets}}, in the data's order."""
+    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__", None)
     return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
 
 
 def merge_shard(source, target, factors):
     """Writes one safetensors file anew: the same tensors in the same order, as bf16, with `factors` merged in."""
-    header, end = tensors(source), 0
-    for tensor in header.values():
-        tensor["dtype"] = "BF16"
-        tensor["data_offsets"] = [end, end := end + 2 * math.prod(tensor["shape"])]
-    text = json.dumps({"__metadata__": {"format": "pt"}} | header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format wants the data 8-byte aligned
-    with safe_open(source, "pt") as base, open(target, "xb") as out:
+    with open(source, "rb") as base, open(target, "xb") as out:
+        old = read_header(base)  # leaves `base` at the first tensor's data
+        new, end = {"__metadata__": {"format": "pt"}}, 0
+        for name, tensor in old.items():
+            offsets = [end, end := end + 2 * math.prod(tensor["shape"])]
+            new[name] = {"dtype": "BF16", "shape": tensor["shape"], "data_offsets": offsets}
+        text = json.dumps(new, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the format wants the data 8-byte aligned
         out.write(len(text).to_bytes(8, "little") + text)
-        for name in header:
-            write_tensor(out, base.get_slice(name), factors.get(name))
+        for name, tensor in old.items():
+            merge_tensor(base, out, DTYPES[tensor["dtype"]], tensor["shape"], factors.get(name))
 
 
-def write_tensor(out, base, factor):
-    """Appends the bytes of `base`, a safetensors slice, to the file `out`; factor: (A, B, scale) to merge, or None."""
-    rows, *rest = base.get_shape()
-    step = max(1, CHUNK // math.prod(rest))
+def merge_tensor(base, out, dtype, shape, factor):
+    """Reads the next tensor of `base`, some rows at a time, and appends it to `out`; factor: (A, B, scale) or None."""
+    rows, width = shape[0], math.prod(shape[1:])
+    step = max(1, CHUNK // width)
     for start in range(0, rows, step):
-        chunk = base[start : start + step]
+        stop = min(rows, start + step)
+        data = bytearray(base.read((stop - start) * width * dtype.itemsize))
+        chunk = torch.frombuffer(data, dtype=dtype).view(stop - start, width)
         if factor:
             a, b, scale = factor
-            chunk = torch.addmm(chunk.to(a.device).float(), b[start : start + step].float(), a.float(), alpha=scale)
-        out.write(chunk.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+            chunk = torch.addmm(chunk.to(a.device).float(), b[start:stop].float(), a.float(), alpha=scale)
+        out.write(chunk.to("cpu", torch.bfloat16).view(torch.uint8).numpy())
 
 
 def copy_side_files(base, out):
@@ -89,8 +92,16 @@ def copy_side_files(base, out):
             shutil.copy(file, out / file.name)
     rewrite(out / "config.json", lambda config: dict.fromkeys({"dtype", "torch_dtype"} & config.keys(), "bfloat16"))
     if (out / INDEX).exists():
-        size = sum(2 * math.prod(t["shape"]) for file in llada.weight_files(out) for t in tensors(file).values())
-        rewrite(out / INDEX, lambda index: {"metadata": index.get("metadata", {}) | {"total_size": size}})
+        rewrite(out / INDEX, lambda index: {"metadata": index.get("metadata", {}) | {"total_size": data_size(out)}})
+
+
+def data_size(folder):
+    """Bytes of all tensors of a bf16 checkpoint."""
+    size = 0
+    for shard in llada.weight_files(folder):
+        with open(shard, "rb") as file:
+            size += sum(2 * math.prod(tensor["shape"]) for tensor in read_header(file).values())
+    return size
 
 
 def rewrite(path, changes):
@@ -125,7 +136,7 @@ def logit_gap(model, base, merged, inputs, positions):
     same = (saved.argmax(-1) == tuned.argmax(-1)).float().mean()
     return (
         f"merged against unmerged logits: mean difference {gap.mean():.2g}, largest {gap.max():.2g}, "
-        f"same first choice at {same:.1%} of {len(tuned)} positions (the adapters moved the logits by {effect.mean():.2g})"
+        f"same first choice at {same:.1%} of {len(tuned)} positions (the adapters moved them by {effect.mean():.2g})"
     )
 
 
@@ -134,5 +145,5 @@ def load_adapted(model, folder):
     layers = dict(lora_layers(model))
     for file in llada.weight_files(folder):
         with safe_open(file, "pt") as weights:
-            for name in layers.keys() & set(weights.keys()):
+            for name in layers.keys() & set(weights.offset_keys()):
                 layers[name].base_layer.weight.copy_(weights.get_tensor(name))

@@ -1,6 +1,6 @@
 """Draws the loss curves of one or more runs into a PNG: the logged values faintly, a moving average over them.
 
-    python plot_loss.py ckpts_stagewise_sft_32_logs/train_loss.csv ckpts_fullseq_sft_logs/train_loss.csv
+python plot_loss.py ckpts_stagewise_sft_32_logs/train_loss.csv ckpts_fullseq_sft_logs/train_loss.csv
 """
 
 import argparse

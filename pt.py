@@ -60,7 +60,7 @@ def main():
 def load_rows(name, split, needs_type):
     """The split of a hub dataset or of a local folder, with the columns query, response and perhaps type."""
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DataFilesNotFoundError
+    from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 
     try:
         dataset = load_dataset(name, split=split)

@@ -18,6 +18,7 @@ import random
 import resource
 import sys
 import time
+import warnings
 import zipfile
 from dataclasses import dataclass
 from datetime import timedelta
@@ -40,6 +41,7 @@ import masking
 import merge
 from cli import InputError
 
+warnings.filterwarnings("ignore", category=FutureWarning)  # the pinned packages warn about each other
 LINEARS = sorted(name.rpartition(".")[2] for name in llada.MODULES.values() if name.endswith("_proj"))
 
 
@@ -55,16 +57,18 @@ def train(knobs, turns, hide):
     rows = load_rows(knobs, check_model(base, knobs))
     plan = schedule(turns(rows.length - rows.prompt_len), knobs.EPOCHS, knobs.SEED)  # (P, 2)
     steps = plan_steps(knobs, place, rows, plan)
-    model = lora_model(base, knobs, place.device)
+    model = lora_model(base, knobs, place)
     engine = start_engine(model, knobs, steps)
     rows, plan = rows.to(place.device), plan.to(place.device)
     log = Log(knobs, place, steps)
 
-    for step in tqdm(range(1, steps + 1), desc="training", unit="step", disable=place.rank != 0):
+    bar = tqdm(range(1, steps + 1), desc="training", unit="step", disable=place.rank != 0)
+    for step in bar:
         began, lr = time.perf_counter(), engine.get_lr()[0]
         loss, grad_norm, supervised = train_step(engine, knobs, place, rows, plan, hide, step)
         tokens_per_second = global_batch(knobs, place) * knobs.MAX_LEN / (time.perf_counter() - began)
         log.row(step, loss, lr, grad_norm, supervised, tokens_per_second)
+        bar.set_postfix(loss=f"{loss:.3f}")
         if step == steps or (knobs.SAVE_EVERY and step % knobs.SAVE_EVERY == 0):
             save_checkpoint(model, base, knobs, place, log, rows, step)
     log.close()
@@ -154,8 +158,8 @@ def plan_steps(knobs, place, rows, plan):
     steps = knobs.TOTAL_TRAIN_STEPS or draws // size
     if steps > draws // size:
         raise InputError(
-            f"TOTAL_TRAIN_STEPS={steps} is more than the {draws // size} steps that {n:,} rows and EPOCHS={knobs.EPOCHS} "
-            f"give at a global batch of {factors}; raise EPOCHS or MAX_SAMPLES, or lower TOTAL_TRAIN_STEPS."
+            f"TOTAL_TRAIN_STEPS={steps} is more than the {draws // size} steps of {n:,} rows, EPOCHS={knobs.EPOCHS}, "
+            f"and a global batch of {factors}; raise EPOCHS or MAX_SAMPLES, or lower TOTAL_TRAIN_STEPS."
         )
     used_up = n * knobs.EPOCHS - draws
     for what, text in (
@@ -213,16 +217,22 @@ def load_rows(knobs, config):
     return Rows(ids, prompt_len[used], length[used], unanswered=len(rows) - len(answered))
 
 
+# what a damaged zip, or a good zip with a bad pickle, makes zipfile and torch.load raise
+UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, LookupError, TypeError, ValueError)
+
+
 def read_pt(path):
     """The list in a .pt file, read without running any code from it. Raises InputError."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist; write it with pt.py, or name another with --PT_FILE=...")
-    if not zipfile.is_zipfile(path):  # torch.save writes a zip, and a truncated one has lost its end
-        raise InputError(f"{path} is truncated or was not written by pt.py; write it anew.")
+    damaged = f"{path} is truncated, damaged or was not written by pt.py; write it anew."
     try:
+        with zipfile.ZipFile(path) as file:  # torch.save writes a zip, but torch.load does not look at its checksums
+            if file.testzip():
+                raise InputError(damaged)
         rows = torch.load(path, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}); write it anew with pt.py.") from error
+    except UNREADABLE as error:
+        raise InputError(damaged) from error
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path} does not hold a list of rows; write it anew with pt.py.")
     return rows
@@ -288,8 +298,8 @@ def check_model(folder, knobs):
         raise InputError(f"MASK_ID={knobs.MASK_ID}, but {folder}/config.json has mask_token_id {config.mask_token_id}.")
     if config.vocab_size <= knobs.MASK_ID:
         raise InputError(f"MASK_ID={knobs.MASK_ID} is outside the model's vocabulary of {config.vocab_size:,}.")
-    if config.pad_token_id is None:
-        raise InputError(f"{folder}/config.json has no pad_token_id, which the rows are padded with.")
+    if config.pad_token_id in (None, knobs.MASK_ID) or not 0 <= config.pad_token_id < config.vocab_size:
+        raise InputError(f"{folder}/config.json: pad_token_id {config.pad_token_id} is no token to pad the rows with.")
     if config.max_position_embeddings < knobs.MAX_LEN:
         raise InputError(f"MAX_LEN={knobs.MAX_LEN}, but the model has {config.max_position_embeddings} positions.")
     for name in knobs.TARGET_MODS:
@@ -298,18 +308,23 @@ def check_model(folder, knobs):
     return config
 
 
-def lora_model(folder, knobs, device):
+def lora_model(folder, knobs, place):
     """The base with LoRA adapters in its own dtype, the same on every rank."""
-    if int(os.environ["RANK"]) != 0:
+    if place.rank != 0:
         transformers.utils.logging.disable_progress_bar()
-    model = llada.load_model(folder, torch.bfloat16 if knobs.BF16 else torch.float32, device)
+    model = llada.load_model(folder, torch.bfloat16 if knobs.BF16 else torch.float32, place.device)
     if knobs.GRADIENT_CHECKPOINTING:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     transformers.set_seed(knobs.SEED)
     lora = LoraConfig(
         r=knobs.LORA_R, lora_alpha=knobs.LORA_ALPHA, lora_dropout=knobs.LORA_DROPOUT, target_modules=knobs.TARGET_MODS
     )
-    return get_peft_model(model, lora, autocast_adapter_dtype=False)
+    model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    adapted = sum(layer.weight.numel() for name, layer in merge.lora_layers(model))
+    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    total = model.num_parameters() - trainable
+    say(place, "adapters", f"{trainable:,} parameters, r {knobs.LORA_R}, on {adapted:,} of the base's {total:,}")
+    return model
 
 
 def engine_config(knobs):
@@ -343,7 +358,7 @@ def start_engine(model, knobs, steps):
 
 
 def warmup_steps(steps, ratio):
-    return min(steps - 1, math.ceil(steps * ratio))
+    return min(steps - 1, math.ceil(steps * ratio - 1e-9))  # 100 * 0.07 is a little more than 7
 
 
 def lr_factor(done, steps, warmup_ratio, min_ratio):
@@ -367,10 +382,12 @@ def make_unused(path):
             return folder
         except FileExistsError:
             continue
+        except OSError as error:
+            raise InputError(f"the folder {folder} cannot be made ({error.strerror}); change CKPT_DIR.") from error
 
 
 class Log:
-    """The run's folder {CKPT_DIR}_logs: the constants in force once, and a line per optimizer step. Written by rank 0."""
+    """The run's folder {CKPT_DIR}_logs: the constants in force, and a line per optimizer step. Written by rank 0."""
 
     METRICS = ("step", "loss", "lr", "grad_norm", "supervised_tokens", "tokens_per_second", "peak_memory_gb")
 
@@ -419,7 +436,7 @@ def peak_memory_gb():
 
 
 def save_checkpoint(model, base, knobs, place, log, rows, step):
-    """Writes {CKPT_DIR}_stepXXXX, the base with the adapters merged in; it appears under that name only when complete."""
+    """Writes {CKPT_DIR}_stepXXXX, the base with the adapters merged in; it has that name only once it is complete."""
     began, unfinished = time.perf_counter(), log.folder / f"step{step:04d}.unfinished"
     if place.rank == 0:
         unfinished.mkdir()

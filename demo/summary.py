@@ -21,11 +21,12 @@ BLOCK_SIZE = 16  # as in demo.sh
 
 
 def heldout_loss(folder, dataset):
-    """The block-wise loss of a checkpoint on every block of problems that were not trained on; the same masks for all."""
+    """The block-wise loss of a checkpoint on every block of problems that were not trained on, with fixed masks."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").float().eval()
     rows, _ = pt.encode(dataset, tokenizer, max_len=1024, max_samples=0, filter_type="")
-    ids = pad_sequence([torch.tensor(ids) for _, ids in rows], batch_first=True, padding_value=model.config.pad_token_id)
+    full_ids = [torch.tensor(ids) for _, ids in rows]
+    ids = pad_sequence(full_ids, batch_first=True, padding_value=model.config.pad_token_id)  # (B, L)
     prompt_len, length = torch.tensor([(start, len(row)) for start, row in rows]).T
     generator, losses = torch.Generator().manual_seed(0), []
     for block in range(int(masking.num_blocks(length - prompt_len, BLOCK_SIZE).max())):
@@ -54,8 +55,8 @@ def main():
         (folder,) = run.glob(f"{name}_step*")
         print(f"{label:<15}{len(metrics):>6}{first:>12.3f}{last:>11.3f}{speed:>10,.0f}", end="")
         print(f"{heldout_loss(folder, dataset):>15.3f}  {folder}")
-    print("\nFirst and last loss: mean over the first and last tenth of the steps. The trainers ask different questions, so")
-    print("only the held-out loss (block-wise, the same masks for all) compares them. Curves: demo_run/loss.png")
+    print("\nFirst and last loss are means over a tenth of the steps. The trainers ask different questions: only the")
+    print(f"held-out loss (block-wise, the same masks for all) compares them. Curves: {run / 'loss.png'}")
 
 
 if __name__ == "__main__":

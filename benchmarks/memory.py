@@ -1,0 +1,88 @@
+"""GPU memory of a LLaDA-8B training step, calculated: no GPU and no checkpoint is needed.
+
+    python -m benchmarks.memory
+
+Weights, adapters, gradients and optimizer state follow from the sizes; what a decoder layer saves for its backward pass
+is counted on the CPU, with one layer of LLaDA-8B's width. Not in it: the allocator's slack, and DeepSpeed's buffers.
+"""
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+import llada
+import sft
+import train_blockwise as defaults
+
+GB = 1e9
+LLADA_8B = {
+    "model_type": "llada", "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "mlp_hidden_size": 12288,
+    "vocab_size": 126464, "embedding_size": 126464, "max_sequence_length": 4096, "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5, "weight_tying": False, "mask_token_id": 126336,
+    "eos_token_id": 126081, "pad_token_id": 126081,
+}  # fmt: skip
+
+
+class OneLayer(torch.nn.Module):
+    """One decoder layer of LLaDA-8B and what it needs."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layer, self.rope = LlamaDecoderLayer(config, 0), LlamaRotaryEmbedding(config)
+
+    def forward(self, hidden):
+        positions = torch.arange(hidden.shape[1])[None]
+        return self.layer(hidden, position_embeddings=self.rope(hidden, positions), attention_mask=None)
+
+
+def saved_bytes_per_token(config, dropout, tokens=64):
+    """Bytes that one adapted layer keeps for its backward pass, per token, in bf16; each storage counted once."""
+    config._attn_implementation = "sdpa"
+    torch.set_default_dtype(torch.bfloat16)
+    lora = LoraConfig(r=defaults.LORA_R, lora_dropout=dropout, target_modules=sft.LINEARS)
+    model = get_peft_model(OneLayer(config), lora, autocast_adapter_dtype=False)
+    torch.set_default_dtype(torch.float32)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    saved = {}
+
+    def count(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage  # kept, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        out = model(torch.randn(1, tokens, config.hidden_size, dtype=torch.bfloat16, requires_grad=True))
+    total = sum(storage.nbytes() for storage in saved.values())
+    del out
+    return total / tokens
+
+
+def main():
+    config = llada.LLaDAConfig.from_dict(LLADA_8B)
+    with torch.device("meta"):
+        model = llada.LLaDAForCausalLM(config)
+        base = sum(p.numel() for p in model.parameters())
+        model = get_peft_model(model, LoraConfig(r=defaults.LORA_R, target_modules=sft.LINEARS))
+    lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"base {base:,} parameters x 2 bytes = {base * 2 / GB:.1f} GB")
+    print(f"adapters {lora:,} x 2 bytes = {lora * 2 / GB:.2f} GB, their gradients as much")
+    print(f"optimizer {lora:,} x 12 bytes (fp32 copy, two moments) = {lora * 12 / GB:.1f} GB / GPUs")
+    per_token = {dropout: saved_bytes_per_token(config, dropout) for dropout in (0.0, defaults.LORA_DROPOUT)}
+    for dropout, size in per_token.items():
+        print(f"a layer saves {size / 1e3:.0f} kB per token with LORA_DROPOUT={dropout}")
+    print(f"\nGB per GPU at MAX_LEN {defaults.MAX_LEN}, LORA_R {defaults.LORA_R}, block-wise:")
+    print(f"{'MICRO_BSIZE':>11} {'LORA_DROPOUT':>12} {'checkpointing':>13} {'1 GPU':>7} {'8 GPUs':>7}")
+    for rows in (32, 16, 8):
+        for dropout, size in per_token.items():
+            for checkpointing in (False, True):
+                tokens = rows * defaults.MAX_LEN
+                kept = 2 * config.hidden_size * config.num_hidden_layers + size  # a layer's inputs, and one layer
+                activations = tokens * (kept if checkpointing else size * config.num_hidden_layers)
+                head = 3 * 4 * rows * defaults.BLOCK_SIZE * config.vocab_size  # fp32 logits, their softmax and gradient
+                total = [base * 2 + lora * 4 + lora * 12 / gpus + activations + head for gpus in (1, 8)]
+                print(f"{rows:>11} {dropout:>12} {checkpointing!s:>13} " + " ".join(f"{t / GB:>7.0f}" for t in total))
+
+
+if __name__ == "__main__":
+    main()

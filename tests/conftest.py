@@ -1,0 +1,83 @@
+"""What several tests need: a tiny checkpoint in LLaDA's format, rows for it, and the real launcher."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the tests need no GPU, and compare fp32 numbers
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+ROOT = Path(__file__).parent.parent
+
+
+def problems(number, seed):
+    from demo.make_data import problem
+
+    rng = random.Random(seed)
+    return [problem(rng) for _ in range(number)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE tokenizer with LLaDA's special tokens (mask id 4) and chat template."""
+    import pt
+    from demo.make_base import make_tokenizer
+
+    return make_tokenizer((pt.user_turn(row["query"])["content"] + row["response"] for row in problems(200, 0)), 400)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, tokenizer):
+    """A checkpoint folder: 2 layers, width 64, several shards, bf16, random weights large enough to matter."""
+    import llada
+    from demo.make_base import make_config
+
+    folder = tmp_path_factory.mktemp("base checkpoint ö")  # spaces and other letters must not matter
+    torch.manual_seed(0)
+    model = llada.LLaDAForCausalLM(make_config(400, 64, 2))
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            torch.nn.init.normal_(weight, std=0.3 if "embed" in name else 0.1)
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="80KB")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset_folder(tmp_path_factory):
+    """53 problems as jsonl: a number that no batch size divides."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems(53, 1)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pt_file(tmp_path_factory, base, dataset_folder):
+    """Those problems as a .pt file, made by pt.py; the longest row has fewer than 192 tokens."""
+    file = tmp_path_factory.mktemp("rows") / "train.pt"
+    result = run("pt.py", "--model", base, "--dataset", dataset_folder, "--output", file, "--max_len", 192)
+    assert result.returncode == 0, result.stderr
+    return file
+
+
+def run(script, *args, cwd=ROOT, env=None):
+    """Runs a script of the repository with this Python. Returns the finished process, with its output as text."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True, timeout=300)
+
+
+def launch(ranks, script, *args, cwd):
+    """Runs a trainer in the folder `cwd` through the real deepspeed launcher on `ranks` CPU ranks."""
+    with socket.socket() as probe:  # a free port, so that other runs on the machine do not matter
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", ranks, "--master_port", port, ROOT / script]
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [str(part) for part in (*command, *args)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)

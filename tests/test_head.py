@@ -1,0 +1,51 @@
+"""The head is computed only where there is a loss, and that changes neither the loss nor the gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+
+import llada
+import masking
+
+
+def full_logits_loss(logits, ids, scored):
+    """The loss from logits at every position, the long way: mean over rows of the mean over the row's scored tokens."""
+    rows = [F.cross_entropy(logits[b][scored[b]], ids[b][scored[b]]) for b in range(len(ids)) if scored[b].any()]
+    return torch.stack(rows).mean()
+
+
+@pytest.mark.parametrize("method", ["block-wise", "full sequence"])
+def test_same_loss_and_gradients_as_full_logits(base, method):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(8, 400, (5, 40), generator=generator)
+    prompt_len, length = torch.tensor([3, 10, 0, 25, 39]), torch.tensor([40, 31, 17, 40, 40])
+    draw = {"mask_prob_eps": 1e-3, "generator": generator}
+    if method == "block-wise":
+        block = torch.tensor([2, 0, 1, 1, 0])
+        hidden, scored = masking.blockwise_masks(
+            prompt_len, length, block, 40, block_size=8, prefix_mask_rate=0.1, suffix_mask_prob=1.0, **draw
+        )
+    else:
+        hidden, scored = masking.full_sequence_masks(prompt_len, length, 40, **draw)
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(llada.load_model(base, torch.float32), config)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:  # 0 at first, and with it the gradient of A
+            torch.nn.init.normal_(weight, std=0.05)
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+    inputs = ids.masked_fill(hidden, 4)
+    logits = model(input_ids=inputs, logits_to_keep=scored).logits
+    assert logits.shape == (int(scored.sum()), 400)
+    ours = masking.loss(logits, ids[scored], masking.sample_mean_weights(scored)[scored])
+    full = full_logits_loss(model(input_ids=inputs).logits, ids, scored)
+    torch.testing.assert_close(ours, full, rtol=1e-5, atol=1e-6)
+    ours, full = gradients(ours), gradients(full)
+    assert any(grad.abs().max() > 1e-4 for grad in full.values())
+    for name in full:
+        torch.testing.assert_close(ours[name], full[name], rtol=1e-4, atol=1e-7)

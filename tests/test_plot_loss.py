@@ -1,0 +1,32 @@
+"""plot_loss.py: the moving average, the picture, and bad files."""
+
+import pytest
+from conftest import run
+
+from cli import InputError
+from plot_loss import read_losses, smooth
+
+
+def test_smooth_is_a_centred_mean_with_a_shrinking_window():
+    assert smooth([3.0, 0.0, 3.0, 6.0], 3) == [1.5, 2.0, 3.0, 4.5]
+    assert smooth([1.0, 5.0], 1) == [1.0, 5.0]
+
+
+def test_two_runs_become_one_png(tmp_path):
+    for name in ("a_logs", "b_logs"):
+        (tmp_path / name).mkdir()
+        rows = "".join(f"{i},{1 / i:.6f}\n" for i in range(1, 30))
+        (tmp_path / name / "train_loss.csv").write_text("step,loss\n" + rows + "30,nan\n")
+    done = run("plot_loss.py", "a_logs/train_loss.csv", "b_logs/train_loss.csv", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == "loss.png: 2 runs\n"
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert list(read_losses(tmp_path / "a_logs" / "train_loss.csv"))[0] == tuple(range(1, 30))  # nan: no loss that step
+
+
+@pytest.mark.parametrize("content", [None, "", "step,loss\n", "a,b\n1,2\n", "step,loss\n1,x\n", "step,loss\n1\n"])
+def test_a_bad_csv_is_named(tmp_path, content):
+    file = tmp_path / "train_loss.csv"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(InputError, match="train_loss.csv"):
+        read_losses(file)

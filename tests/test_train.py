@@ -1,0 +1,284 @@
+"""Both trainers at a tiny size, through the real deepspeed launcher, on 1 and 2 CPU ranks."""
+
+import csv
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import launch, run
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+import llada
+import masking
+import sft
+import train_blockwise
+from cli import InputError
+
+KNOBS = {
+    "MASK_ID": 4, "MAX_LEN": 192, "LORA_R": 4, "LORA_ALPHA": 8, "LR": 1e-2, "BF16": False, "MICRO_BSIZE": 2,
+    "GRAD_ACC": 2, "BLOCK_SIZE": 16, "LORA_DROPOUT": 0.0, "CKPT_DIR": "out/run",
+}  # fmt: skip
+
+
+def arguments(script, base, pt_file, **changes):
+    knobs = KNOBS | {"MODEL": base, "PT_FILE": pt_file} | changes
+    return [f"--{name}={value}" for name, value in knobs.items() if "fullseq" not in script or name != "BLOCK_SIZE"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, base, pt_file):
+    """trained(script, ranks, **knobs) -> the folder and the output of that run; each is made once."""
+    runs = {}
+
+    def train(script="train_blockwise.py", ranks=1, again=0, **changes):
+        key = (script, ranks, again, *sorted(changes.items()))
+        if key not in runs:
+            folder = tmp_path_factory.mktemp("run") if not again else train(script, ranks, again - 1, **changes)[0]
+            done = launch(ranks, script, *arguments(script, base, pt_file, **changes), cwd=folder)
+            assert done.returncode == 0, done.stdout + done.stderr
+            runs[key] = folder, done.stdout + done.stderr
+        return runs[key]
+
+    return train
+
+
+def read_csv(file):
+    with open(file, newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def losses(folder, logs="out/run_logs"):
+    return [float(row["loss"]) for row in read_csv(folder / logs / "train_loss.csv")]
+
+
+def tensors(folder):
+    return {name: weight for file in llada.weight_files(folder) for name, weight in load_file(file).items()}
+
+
+def literal_training(base, pt_file, steps, size):
+    """Block-wise training in a plain loop: full logits, one forward pass per row, torch's AdamW, no engine."""
+    knobs = SimpleNamespace(**{k: v for k, v in vars(train_blockwise).items() if k.isupper()} | KNOBS)
+    data = torch.load(pt_file, weights_only=True)
+    lengths = torch.tensor([(row["prompt_len"], len(row["full_ids"])) for row in data])
+    blocks = torch.tensor([math.ceil((end - start) / knobs.BLOCK_SIZE) for start, end in lengths.tolist()])
+    order = sft.schedule(blocks, 1, knobs.SEED)
+    model = llada.load_model(base, torch.float32)
+    set_seed(knobs.SEED)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=knobs.TARGET_MODS))
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    log = []
+    for step in range(1, steps + 1):
+        row, block = order[(step - 1) * size : step * size].T
+        generator = torch.Generator().manual_seed(sft.derive_seed(knobs.SEED, "masks", step))
+        hidden, scored = masking.blockwise_masks(
+            *lengths[row].T, block, knobs.MAX_LEN, block_size=knobs.BLOCK_SIZE, mask_prob_eps=1e-3,
+            prefix_mask_rate=0.0, suffix_mask_prob=1.0, generator=generator,
+        )  # fmt: skip
+        parts = []
+        for i, ask, hide in zip(row.tolist(), scored, hidden):
+            ids = F.pad(data[i]["full_ids"], (0, knobs.MAX_LEN - len(data[i]["full_ids"])), value=1)
+            if ask.any():
+                logits = model(torch.where(hide, 4, ids)[None]).logits[0]
+                parts.append(F.cross_entropy(logits[ask], ids[ask]))
+        loss = torch.stack(parts).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        warmup = 1  # 10 % of 6 steps, rounded up
+        cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        optimizer.param_groups[0]["lr"] = knobs.LR * (1.0 if step <= warmup else cosine)
+        optimizer.step()
+        log.append((loss.item(), norm.item(), optimizer.param_groups[0]["lr"], int(scored.sum())))
+    return log
+
+
+@pytest.mark.parametrize("ranks, accumulation", [(1, 4), (2, 2)])
+def test_the_engine_does_what_a_plain_loop_does(trained, base, pt_file, ranks, accumulation):
+    """Same losses, gradient norms, learning rates and token counts, for any split of the global batch."""
+    folder, _ = trained(ranks=ranks, GRAD_ACC=accumulation)
+    rows = read_csv(folder / "out/run_logs/metrics.csv")
+    literal = literal_training(base, pt_file, steps=53 // 8, size=8)
+    assert len(rows) == len(literal) == 6
+    for row, (loss, norm, lr, supervised) in zip(rows, literal):
+        assert float(row["loss"]) == pytest.approx(loss, abs=2e-4)
+        assert float(row["grad_norm"]) == pytest.approx(norm, rel=2e-3)
+        assert float(row["lr"]) == pytest.approx(lr, rel=1e-5)
+        assert int(row["supervised_tokens"]) == supervised
+        assert float(row["tokens_per_second"]) > 0 and float(row["peak_memory_gb"]) > 0
+    assert losses(folder)[0] > losses(folder)[-1] + 0.3  # and it learns
+
+
+@pytest.mark.parametrize("script", ["train_blockwise.py", "train_fullseq.py"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_ends_with_a_checkpoint_that_differs_in_the_adapted_tensors_only(trained, base, script, ranks):
+    accumulation = 4 // ranks if "blockwise" in script else 2
+    folder, output = trained(script, ranks, GRAD_ACC=accumulation)
+    steps = 53 // (2 * accumulation * ranks)  # 53 rows: no batch size divides them
+    assert (
+        f"global batch {2 * accumulation * ranks} = 2 MICRO_BSIZE x {accumulation} GRAD_ACC x {ranks} ranks" in output
+    )
+    assert len(losses(folder)) == steps and all(math.isfinite(loss) for loss in losses(folder))
+    checkpoint = folder / f"out/run_step{steps:04d}"
+    assert {file.name for file in (folder / "out").iterdir()} == {checkpoint.name, "run_logs"}
+    before, after = tensors(base), tensors(checkpoint)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    linears = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
+    assert changed == {f"model.transformer.blocks.{i}.{name}.weight" for i in range(2) for name in linears}
+    assert {weight.dtype for weight in after.values()} == {torch.bfloat16} and before.keys() == after.keys()
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto"),
+        AutoTokenizer.from_pretrained(base),
+    )
+    assert model(**tokenizer("Ada has 3 pens.", return_tensors="pt")).logits.isfinite().all()
+    assert "merged against unmerged logits: mean difference" in output
+
+
+def test_logs_hold_all_constants_and_the_engine_configuration(trained):
+    folder, _ = trained(ranks=2, GRAD_ACC=2)
+    logged = json.loads((folder / "out/run_logs/ablation_config.json").read_text())
+    for name, default in vars(train_blockwise).items():
+        if name.isupper() and name not in ("MODEL", "PT_FILE"):
+            assert logged[name] == KNOBS.get(name, default)
+    assert logged["derived"]["total_steps"] == 6 and logged["derived"]["ranks"] == 2
+    config = json.loads((folder / "ds_zero2.json").read_text())
+    assert config["zero_optimization"]["stage"] == 2 and config["optimizer"]["params"]["lr"] == 1e-2
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (2, 2)
+    assert read_csv(folder / "out/run_logs/train_loss.csv")[0].keys() == {"step", "loss"}
+
+
+def test_the_same_command_twice_gives_the_same_csv_in_new_folders(trained):
+    """With dropout, and on 2 ranks; nothing of the first run is overwritten."""
+    knobs = {"ranks": 2, "LORA_DROPOUT": 0.1, "TOTAL_TRAIN_STEPS": 4}
+    folder, _ = trained(**knobs)
+    first = (folder / "out/run_logs/train_loss.csv").read_bytes()
+    trained(again=1, **knobs)
+    assert {file.name for file in (folder / "out").iterdir()} == {
+        "run_logs", "run_logs-v2", "run_step0004", "run_step0004-v2"
+    }  # fmt: skip
+    assert (folder / "out/run_logs/train_loss.csv").read_bytes() == first
+    assert (folder / "out/run_logs-v2/train_loss.csv").read_bytes() == first
+    for name, weight in tensors(folder / "out/run_step0004").items():
+        assert torch.equal(weight, tensors(folder / "out/run_step0004-v2")[name])
+
+
+def test_saving_and_checkpointing_do_not_change_the_training(trained):
+    plain, _ = trained(ranks=2, LORA_DROPOUT=0.1, TOTAL_TRAIN_STEPS=4)
+    saving, _ = trained(ranks=2, LORA_DROPOUT=0.1, TOTAL_TRAIN_STEPS=4, SAVE_EVERY=3, GRADIENT_CHECKPOINTING=True)
+    assert losses(saving) == pytest.approx(losses(plain), abs=2e-6)
+    assert {file.name for file in (saving / "out").iterdir()} == {"run_logs", "run_step0003", "run_step0004"}
+    assert [file.name for file in (saving / "out/run_logs").iterdir() if file.is_dir()] == []
+
+
+def test_ranks_draw_different_masks_and_dropout(trained, pt_file, tmp_path):
+    """On copies of one row, one a rank: if the ranks drew alike, the number of scored tokens would always be even."""
+    torch.save(torch.load(pt_file, weights_only=True)[:1] * 24, tmp_path / "copies.pt")
+    knobs = {"MICRO_BSIZE": 1, "GRAD_ACC": 1, "PT_FILE": tmp_path / "copies.pt"}
+    folder, _ = trained("train_fullseq.py", ranks=2, **knobs)
+    assert {int(row["supervised_tokens"]) % 2 for row in read_csv(folder / "out/run_logs/metrics.csv")} == {0, 1}
+    seeds = [sft.derive_seed(42, "dropout", step, rank) for step in range(50) for rank in range(8)]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_bf16(trained):
+    """The default precision, in which the adapters are bf16 too; RoPE must not be rounded to it."""
+    fp32, _ = trained(ranks=1, GRAD_ACC=4)
+    bf16, _ = trained(ranks=1, GRAD_ACC=4, BF16=True)
+    assert losses(bf16) == pytest.approx(losses(fp32), abs=0.1) and losses(bf16) != losses(fp32)
+
+
+def test_epochs_draw_other_blocks_until_all_are_used(trained, pt_file):
+    data = torch.load(pt_file, weights_only=True)
+    blocks = sum(math.ceil((len(row["full_ids"]) - row["prompt_len"]) / 32) for row in data)
+    folder, output = trained(EPOCHS=9, BLOCK_SIZE=32, MICRO_BSIZE=4)
+    assert f"{blocks} = 53 rows x 9 EPOCHS - {53 * 9 - blocks} with no block left" in output
+    assert len(losses(folder)) == blocks // 8
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"BLOK_SIZE": 16}, "--BLOK_SIZE=16 is not a knob of this script. Did you mean --BLOCK_SIZE=...?"),
+        (
+            {"MICRO_BSIZE": 14},
+            "53 usable rows (MAX_SAMPLES 6400) are fewer than one global batch of 56 = 14 MICRO_BSIZE",
+        ),
+    ],
+)
+def test_bad_input_ends_the_job_with_one_sentence_and_leaves_nothing(tmp_path, base, pt_file, changes, said):
+    script = "train_blockwise.py"
+    done = launch(2, script, *arguments(script, base, pt_file, **changes), cwd=tmp_path)
+    assert done.returncode != 0 and not list(tmp_path.iterdir())
+    output = done.stdout + done.stderr
+    assert output.count(said) == 1 and "Traceback" not in output
+
+
+def test_every_rank_ends_with_an_error_code(tmp_path, base, pt_file):
+    env = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    done = run("train_fullseq.py", "--PT_FILE=missing.pt", f"--MODEL={base}", "--MASK_ID=4", cwd=tmp_path, env=env)
+    assert done.returncode == 1 and "missing.pt does not exist" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_without_the_launcher_it_says_how_to_start(tmp_path):
+    done = run("train_blockwise.py", cwd=tmp_path)
+    assert done.returncode == 1 and "deepspeed --num_gpus N" in done.stderr and "Traceback" not in done.stderr
+
+
+def knobs_for(base, **changes):
+    defaults = {name: value for name, value in vars(train_blockwise).items() if name.isupper()}
+    return SimpleNamespace(**defaults | KNOBS | {"MODEL": str(base)} | changes)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"MASK_ID": 5}, "MASK_ID=5, but .*mask_token_id 4"),
+        ({"MAX_LEN": 2048}, "MAX_LEN=2048, but the model has 1024 positions"),
+        ({"TARGET_MODS": ["q_proj", "attn_out"]}, "TARGET_MODS: 'attn_out' matches no layer .* o_proj"),
+        ({"TARGET_MODS": ["lm_head"]}, "TARGET_MODS: 'lm_head'"),
+    ],
+)
+def test_knobs_are_compared_with_the_model(base, changes, said):
+    with pytest.raises(InputError, match=said):
+        sft.check_model(base, knobs_for(base, **changes))
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        ({"mask_token_id": None, "embedding_size": 4, "vocab_size": 4}, "MASK_ID=4 is outside"),
+        ({"pad_token_id": None}, "pad_token_id"),
+    ],
+)
+def test_the_config_must_allow_training(base, tmp_path, config, said, monkeypatch):
+    shutil.copytree(base, tmp_path / "base")
+    file = tmp_path / "base/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    monkeypatch.setattr(llada, "check_tensors", lambda folder, config: None)  # the weights are not what this is about
+    with pytest.raises(InputError, match=said):
+        sft.check_model(tmp_path / "base", knobs_for(base))
+
+
+def test_more_steps_than_the_rows_give_are_refused(base):
+    place = sft.Place(0, 2, 0, 2, torch.device("cpu"))
+    rows = sft.Rows(torch.zeros(53, 192), torch.zeros(53), torch.ones(53), unanswered=0)
+    plan = torch.zeros(53, 2)
+    assert sft.plan_steps(knobs_for(base), place, rows, plan) == 6
+    assert sft.plan_steps(knobs_for(base, TOTAL_TRAIN_STEPS=2), place, rows, plan) == 2
+    with pytest.raises(InputError, match="TOTAL_TRAIN_STEPS=7 is more than the 6 steps"):
+        sft.plan_steps(knobs_for(base, TOTAL_TRAIN_STEPS=7), place, rows, plan)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops_the_run(value):
+    with pytest.raises(InputError, match=f"loss of step 7 is {value}"):
+        sft.stop_if_not_finite(value, "loss", 7)
