@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -36,9 +36,10 @@ CONFIG_KEYS = {
 }
 # what the hub's code could do besides, and a Llama cannot: a config that asks for it must not load as something else
 ONLY = {
-    "block_type": "llama", "block_group_size": 1, "layer_norm_type": "rms", "activation_type": "silu", "rope": True,
-    "alibi": False, "include_bias": False, "include_qkv_bias": False, "bias_for_layer_norm": False,
-    "attention_layer_norm": False, "scale_logits": False, "input_emb_norm": False,
+    "block_type": "llama", "block_group_size": 1, "layer_norm_type": "rms", "activation_type": "silu",
+    "hidden_act": "silu", "rope": True, "rope_scaling": None, "alibi": False, "clip_qkv": None, "is_causal": False,
+    "include_bias": False, "include_qkv_bias": False, "bias_for_layer_norm": False, "attention_layer_norm": False,
+    "scale_logits": False, "input_emb_norm": False,
 }  # fmt: skip
 # module in the hub's files -> module of LlamaForCausalLM, {i} being the layer
 MODULES = {
@@ -62,6 +63,7 @@ class LLaDAConfig(LlamaConfig):
 
     model_type = "llada"
     mask_token_id: int | None = None
+    rms_norm_eps: float = 1e-5
     is_causal: bool = False
     use_cache: bool = False
 
@@ -74,9 +76,11 @@ class LLaDAConfig(LlamaConfig):
         for hub, llama in CONFIG_KEYS.items():
             if renamed.get(hub) is not None:
                 renamed[llama] = renamed.pop(hub)
-        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
-            if key not in renamed:
-                raise InputError(f"config.json: {key} is missing; it is not the config of a LLaDA model.")
+        for key in ("d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size"):
+            size = renamed.get(CONFIG_KEYS.get(key, key))
+            if type(size) is not int or size < 1:
+                what = "missing" if size is None else repr(size)
+                raise InputError(f"config.json: {key} is {what}; in a LLaDA config it is a positive integer.")
         return super().from_dict(renamed, **kwargs)
 
     def to_dict(self):
@@ -112,15 +116,22 @@ def hub_name(tensor):
     return names[module] + "." + kind
 
 
-def local_folder(name):
-    """The folder of a model: `name` itself if it is one, else the hub's model of that name, downloaded if need be."""
+def local_folder(name, patterns=None):
+    """The folder of a model: `name` itself if it is one, else the hub's model of that name, downloaded if need be.
+
+    patterns: download only files whose names match one of these. Raises InputError.
+    """
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{name} is not a local folder, and the hub does not give it: {reason}") from error
+        raise InputError(f"{name} is not a local folder, and the hub does not give it: {reason(error)}") from error
+
+
+def reason(error):
+    """What an error of a library says, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def load_config(folder):
@@ -134,16 +145,21 @@ def load_config(folder):
         raise InputError(f"{path} is not a JSON object with a model_type.") from None
     if model_type != "llada":
         raise InputError(f"{path}: model_type is {model_type!r}; only 'llada' checkpoints can be used.")
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from error
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise InputError(f"{path} has a value that no LLaDA has: {reason(error)}") from error
 
 
 def load_tokenizer(name):
     """The tokenizer of a local folder or hub model, of any model type; never runs or asks for remote code."""
+    folder = local_folder(name, ["*.json", "*.jinja", "*.txt", "*.model"])
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{name}: no tokenizer could be loaded from it: {reason}") from error
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, LookupError) as error:
+        raise InputError(f"{name}: no tokenizer can be loaded from it: {reason(error)}") from error
 
 
 def weight_files(folder):
@@ -152,10 +168,18 @@ def weight_files(folder):
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.exists():
+        if (folder / "model.safetensors").exists():
+            raise InputError(
+                f"{folder} has model.safetensors and also {index.name}; remove the one that is not wanted."
+            )
         try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
+            content = json.loads(index.read_text())
+            names = set(content["weight_map"].values())
+            known = content["metadata"] is not None and all(isinstance(name, str) for name in names)
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise InputError(f"{index} is not a safetensors index; fetch the model again.") from None
+            known = False
+        if not known:
+            raise InputError(f"{index} is not a safetensors index; fetch the model again.")
     for name in names:
         if not (folder / name).is_file():
             raise InputError(f"{folder} has no weights: {name} is missing; fetch the model again.")

@@ -51,10 +51,21 @@ def main():
     report = ", ".join(f"{what} {number:,}" for what, number in counts.items()) + f" (of {len(dataset):,} rows)"
     if not rows:
         raise InputError(f"--dataset {args.dataset}: nothing to write: {report}; check --filter_type and --max_len.")
-    unfinished = f"{args.output}.unfinished"
-    torch.save([{"prompt_len": start, "full_ids": torch.tensor(ids)} for start, ids in rows], unfinished)
-    os.replace(unfinished, args.output)
+    save([{"prompt_len": start, "full_ids": torch.tensor(ids)} for start, ids in rows], args.output)
     print(f"{args.output}: {report}")
+
+
+def save(rows, output):
+    """torch.save that leaves either the whole file or what was there before. Raises InputError."""
+    import torch
+
+    unfinished = Path(f"{output}.unfinished")
+    try:
+        torch.save(rows, unfinished)
+        os.replace(unfinished, output)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError when the disk is full
+        unfinished.unlink(missing_ok=True)
+        raise InputError(f"--output {output} cannot be written: {error}") from error
 
 
 def load_rows(name, split, needs_type):
@@ -62,10 +73,14 @@ def load_rows(name, split, needs_type):
     from datasets import load_dataset
     from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 
+    import llada
+
+    unloadable = (DatasetGenerationError, DatasetNotFoundError, DataFilesNotFoundError)
+    unloadable += (ValueError, OSError, LookupError, StopIteration)  # also raised, for empty files and empty names
     try:
         dataset = load_dataset(name, split=split)
-    except (DatasetGenerationError, DatasetNotFoundError, DataFilesNotFoundError, ValueError, OSError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+    except unloadable as error:
+        reason = llada.reason(error.__cause__ or error)
         raise InputError(f"--dataset {name}, split {split!r}, cannot be loaded: {reason}") from error
     for column in ["query", "response"] + ["type"] * needs_type:
         if column not in dataset.column_names:
@@ -79,7 +94,7 @@ def encode(dataset, tokenizer, max_len, max_samples, filter_type):
     """Tokenizes rows with query, response and perhaps type, in batches, until max_samples are kept (0 = no limit).
 
     Returns a list of (prompt_len, full_ids), and how many rows were kept, skipped by type, too long, and unusable:
-    rows with an empty text, or in which the template does not put the answer behind the prompt.
+    rows with an empty text, or that cannot be written as prompt and answer (see tokenize).
     """
     from tqdm import tqdm
 
@@ -92,8 +107,12 @@ def encode(dataset, tokenizer, max_len, max_samples, filter_type):
             if not all(isinstance(text, str) for text in row):
                 raise InputError(f"row {bar.n + i} of the dataset holds something else than texts: {row!r:.200}")
         wanted = [(query, response) for query, response, kind in texts if not (filter_type and filter_type in kind)]
-        counts["skipped by type"] += len(texts) - len(wanted)
-        for row in tokenize(wanted, tokenizer, header):
+        encoded = iter(tokenize(wanted, tokenizer, header))
+        for _, _, kind in texts:
+            if filter_type and filter_type in kind:
+                counts["skipped by type"] += 1
+                continue
+            row = next(encoded)
             fate = "unusable" if row is None else "too long" if len(row[1]) > max_len else "kept"
             counts[fate] += 1
             if fate == "kept":
@@ -111,31 +130,42 @@ def user_turn(query):
     return {"role": "user", "content": INSTRUCTION.format(query=query)}
 
 
+def render(tokenizer, chats, ask):
+    """The texts of conversations by the chat template; ask: add_generation_prompt. Raises InputError."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=ask)
+    except TemplateError as error:
+        raise InputError(f"the chat template of the tokenizer cannot be rendered: {error}") from error
+
+
 def tokenize(pairs, tokenizer, header):
     """[(query, response)] -> [(prompt_len, full_ids), or None for a row that cannot be used].
 
     header: what to cut from the end of a conversation, see extra_header. Prompt and whole conversation are tokenized
     both. Where a token reaches over the border between them, the answer is tokenized on its own behind the prompt's
-    tokens: decoding, too, starts from exactly these.
+    tokens: decoding, too, starts from exactly these. Unusable are rows with an empty text, with a special token in
+    their text, or in which the answer does not stand behind the prompt, as text or after tokenizing it on its own.
     """
     if not pairs:
         return []
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     users = [[user_turn(query)] for query, _ in pairs]
     chats = [user + [{"role": "assistant", "content": response}] for user, (_, response) in zip(users, pairs)]
-    prompts = tokenizer.apply_chat_template(users, tokenize=False, add_generation_prompt=True)
-    fulls = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=False)
-    fulls = [full.removesuffix(header) for full in fulls]
+    prompts = render(tokenizer, users, ask=True)
+    fulls = [full.removesuffix(header) for full in render(tokenizer, chats, ask=False)]
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     prompt_ids = tokenizer(prompts, **options)["input_ids"]
     full_ids = tokenizer(fulls, **options)["input_ids"]
     rows = []
     for pair, prompt, full, start, ids in zip(pairs, prompts, fulls, prompt_ids, full_ids):
-        if not (pair[0].strip() and pair[1].strip() and full.startswith(prompt)):
-            rows.append(None)
-            continue
-        if ids[: len(start)] != start:
-            ids = start + tokenizer(full[len(prompt) :], **options)["input_ids"]
-        rows.append((len(start), ids))
+        usable = all(text.strip() and not any(token in text for token in special) for text in pair)
+        usable = usable and full.startswith(prompt)
+        if usable and ids[: len(start)] != start:
+            whole, ids = ids, start + tokenizer(full[len(prompt) :], **options)["input_ids"]
+            usable = tokenizer.decode(ids) == tokenizer.decode(whole)  # not so if it puts a space before every text
+        rows.append((len(start), ids) if usable else None)
     return rows
 
 
@@ -144,33 +174,39 @@ def extra_header(tokenizer):
 
     LLaDA's template ends every conversation with one, whatever add_generation_prompt says. Found by rendering a probe:
     what follows an answer in mid-conversation is its end of turn E and the user's header U, and U also opens the
-    conversation, behind a bos token. What follows the last answer is E, or E and the extra header. Raises InputError.
+    conversation, behind at most a bos token. What follows the last answer is E, or E and the extra header, which then
+    stands behind a question, too. Raises InputError for a template in which E cannot be told from the header.
     """
-    added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-    opening, before_answer, user_header, _ = around(tokenizer, added, "user", "assistant", "user")
-    *_, ending = around(tokenizer, added, "user", "assistant")
-    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(reversed(opening), reversed(user_header)))))
-    end_of_turn = user_header[: len(user_header) - shared]
-    header = ending.removeprefix(end_of_turn)
-    if not header or not before_answer.endswith(header):
+    opening, _, after_answer, _ = around(tokenizer, "user", "assistant", "user")
+    *_, ending = around(tokenizer, "user", "assistant")
+    *_, asked = around(tokenizer, "user", "assistant", ask=True)
+    *_, after_question = around(tokenizer, "user")
+    if asked != ending:
+        return ""  # this template adds a header when it is asked to, and only then
+    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(reversed(opening), reversed(after_answer)))))
+    header = ending.removeprefix(after_answer[: len(after_answer) - shared])  # U is what the two share
+    if not header.strip() or not after_question.endswith(header):
         return ""
-    for i, token in enumerate(added):
-        header, opening = (text.replace(chr(0xF0000 + i), token) for text in (header, opening))
-    if not end_of_turn and len(opening) > shared and opening[:-shared] != tokenizer.bos_token:
+    before_user = opening[: len(opening) - shared]
+    if len(before_user) > 1 or before_user.isascii() and before_user:  # more than one added token, or a text
         raise InputError("the chat template does not show where an answer ends; use a tokenizer with another template.")
+    for token, letter in letters(tokenizer).items():
+        header = header.replace(letter, token)
     return header
 
 
-def around(tokenizer, added, *roles):
-    """The rendered text before, between and after the contents of messages with these roles.
+def letters(tokenizer):
+    """{added token: a letter that stands for it}, longest first: comparisons by letters cannot cut a token in two."""
+    added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    return {token: chr(0xF0000 + i) for i, token in enumerate(added)}
 
-    Added tokens become single characters, so that a comparison by characters cannot cut one in two.
-    """
+
+def around(tokenizer, *roles, ask=False):
+    """The rendered text before, between and after the contents of messages with these roles, in letters."""
     contents = [f"<probe {i}>" for i in range(len(roles))]
-    messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
-    for i, token in enumerate(added):
-        text = text.replace(token, chr(0xF0000 + i))
+    text = render(tokenizer, [{"role": role, "content": content} for role, content in zip(roles, contents)], ask)
+    for token, letter in letters(tokenizer).items():
+        text = text.replace(token, letter)
     return re.split("|".join(contents), text)
 
 

@@ -53,7 +53,8 @@ def make_tokenizer(texts, vocab_size):
 def make_config(vocab_size, d_model, n_layers):
     """A LLaDA config with the hub's keys (GSAI-ML/LLaDA-8B-Instruct: config.json), smaller."""
     return llada.LLaDAConfig.from_dict(
-        {
+        llada.ONLY
+        | {
             "model_type": "llada", "architectures": ["LLaDAModelLM"], "dtype": "bfloat16",
             "d_model": d_model, "n_layers": n_layers, "n_heads": d_model // 64, "n_kv_heads": d_model // 64,
             "mlp_hidden_size": 3 * d_model, "vocab_size": vocab_size, "embedding_size": vocab_size,

@@ -363,6 +363,9 @@ def test_optional_keys_of_the_hub():
         config = llada.LLaDAConfig.from_dict(values | empty)
         assert config.num_key_value_heads == 4
         assert config.vocab_size == 120
+    assert llada.LLaDAConfig.from_dict(TINY).mask_token_id == 4
+    unknown = {key: value for key, value in TINY.items() if key != "mask_token_id"}
+    assert llada.LLaDAConfig.from_dict(unknown).mask_token_id is None  # not another model's
     padded = llada.LLaDAConfig.from_dict(TINY | {"embedding_size": 128})  # the embedding has rows without a token
     assert padded.vocab_size == 128
 
@@ -620,8 +623,10 @@ def test_remote_code_is_neither_needed_nor_run(base, tmp_path):
     assert not list((tmp_path / "modules").rglob("*_llada.py"))
 
 
-def test_load_tokenizer_takes_any_model_type_and_no_code(damaged, tmp_path):
-    """A folder of another model, whose config and tokenizer both ask for code."""
+def test_load_tokenizer_takes_any_model_type_and_no_code(damaged, tmp_path, monkeypatch):
+    """A folder of another model, whose config and tokenizer both ask for code, before a user who says yes to all."""
+    questions = []
+    monkeypatch.setattr("builtins.input", lambda question="": questions.append(question) or "y")
     text = f"import pathlib\npathlib.Path({str(tmp_path / 'it ran')!r}).touch()\n"
     for module in ("configuration_other", "tokenization_other"):
         (damaged / f"{module}.py").write_text(text)
@@ -636,6 +641,7 @@ def test_load_tokenizer_takes_any_model_type_and_no_code(damaged, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | asks))
     with pytest.raises(InputError, match="damaged"):
         llada.load_tokenizer(damaged)
+    assert not questions
     assert not (tmp_path / "it ran").exists()
 
 

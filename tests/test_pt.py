@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 from conftest import problems, run
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 import cli
@@ -70,9 +70,6 @@ TEMPLATES = {
     "LLaDA, fixed to honour the flag": (
         LLADA_TURNS + if_asked(say(LLADA_HEADER)), "<|startoftext|>" + LLADA_USER, "<|eot_id|>" + LLADA_HEADER,
         "", "<|eot_id|>"),
-    "LLaDA, a bos that is not the tokenizer's": (
-        LLADA_TURNS.replace("bos_token", "'<|begin|>'") + say(LLADA_HEADER),
-        "<|begin|>" + LLADA_USER, "<|eot_id|>" + LLADA_HEADER, "", "<|eot_id|>"),
     "ChatML": (CHATML_TURNS + if_asked(say(CHATML_HEADER)), CHATML_USER, "<|im_end|>\n" + CHATML_HEADER,
                "", "<|im_end|>\n"),
     "ChatML, always": (CHATML_TURNS + say(CHATML_HEADER), CHATML_USER, "<|im_end|>\n" + CHATML_HEADER,
@@ -86,9 +83,6 @@ TEMPLATES = {
                   "<|begin|>" + LLAMA_SYSTEM + LLADA_USER, "<|eot_id|>" + LLADA_HEADER, "", "<|eot_id|>"),
     "Gemma": (say("<|begin|>") + GEMMA + if_asked(say("<start_of_turn>model\n")),
               "<|begin|><start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n", "", "<end_of_turn>\n"),
-    "Gemma, always": (say("<|begin|>") + GEMMA + say("<start_of_turn>model\n"),
-                      "<|begin|><start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n",
-                      "", "<end_of_turn>\n"),
     "no headers": (loop("{{ m['content'] + '\n' }}"), "", "\n", "", "\n"),
     "no headers and no newline": (loop("{{ m['content'] }}"), "", "", "", ""),
     "text": (HUMAN + if_asked("### Assistant: "), "### Human: ", "\n### Assistant: ", "", "\n"),
@@ -115,6 +109,12 @@ TEMPLATES = {
 }  # fmt: skip
 # Here the end of turn and the extra header are hard to tell apart: the cut must be exact, or the template refused.
 HARD = {
+    "LLaDA, a bos that is not the tokenizer's": (
+        LLADA_TURNS.replace("bos_token", "'<|begin|>'") + say(LLADA_HEADER),
+        "<|begin|>" + LLADA_USER, "<|eot_id|>" + LLADA_HEADER, "", "<|eot_id|>"),
+    "Gemma, always": (say("<|begin|>") + GEMMA + say("<start_of_turn>model\n"),
+                      "<|begin|><start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n",
+                      "", "<end_of_turn>\n"),
     "default system turn, always": (
         NO_SYSTEM_TURN + say(QWEN_SYSTEM) + "{% endif %}" + CHATML_TURNS + say(CHATML_HEADER),
         QWEN_SYSTEM + CHATML_USER, "<|im_end|>\n" + CHATML_HEADER, "", "<|im_end|>\n"),
@@ -177,12 +177,27 @@ def test_hard_templates_are_cut_exactly_or_refused(tokenizer, name, added):
         check(tokenizer, *texts)
 
 
-@pytest.mark.parametrize("name", ["LLaDA", "LLaDA, a bos that is not the tokenizer's"])
-def test_tokenizer_without_bos(tokenizer, name):
-    template, before, *texts = TEMPLATES[name]
+@pytest.mark.parametrize("name", ["LLaDA, a bos that is not the tokenizer's", "Gemma, always"])
+def test_an_added_token_in_front_is_no_obstacle(tokenizer, name):
+    template, *texts = HARD[name]
+    check(with_template(tokenizer, template, ADDED), *texts)
+
+
+def test_tokenizer_without_bos(tokenizer):
+    template, before, *texts = TEMPLATES["LLaDA"]
     tokenizer = with_template(tokenizer, template)
     tokenizer.bos_token = None
     check(tokenizer, before.replace("<|startoftext|>", ""), *texts)
+
+
+def test_tokenizer_that_adds_a_bos_itself(tokenizer):
+    """As Llama 3's does: the template has written one already, and inside a row there is none."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 0), ("<|endoftext|>", 1)]
+    )
+    assert tokenizer("a")["input_ids"] == [0, *tokenizer("a", add_special_tokens=False)["input_ids"], 1]
+    check(tokenizer, *TEMPLATES["LLaDA"][1:])
 
 
 @pytest.mark.parametrize(
