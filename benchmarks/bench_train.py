@@ -45,8 +45,8 @@ def scored_loss(model, ids, hidden, scored):
 def full_loss(model, ids, hidden, scored):
     """The plain way: fp32 logits (B, L, V) everywhere, cross-entropy everywhere, most of it multiplied by 0."""
     logits = model(input_ids=ids.masked_fill(hidden, 4)).logits.float()
-    entropy = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")  # (B, L)
-    return (entropy * masking.sample_mean_weights(scored)).sum()
+    entropy = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")  # (B * L,)
+    return (entropy * masking.sample_mean_weights(scored).flatten()).sum()
 
 
 def seconds(loss, model, batch):

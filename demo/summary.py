@@ -41,21 +41,30 @@ def heldout_loss(folder, dataset):
     return fmean(losses)
 
 
+def trained(run, name):
+    """The columns of a trainer's line: steps, first and last loss, tokens per second, and its checkpoint's folder."""
+    with open(run / f"{name}_logs" / "metrics.csv", newline="") as file:
+        metrics = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    tenth = max(1, len(metrics) // 10)
+    first, last = (fmean(row["loss"] for row in part) for part in (metrics[:tenth], metrics[-tenth:]))
+    (folder,) = run.glob(f"{name}_step*")
+    return len(metrics), first, last, fmean(row["tokens_per_second"] for row in metrics), folder
+
+
 def main():
     run = Path(sys.argv[1])
     dataset = load_dataset(str(run / "heldout"), split="train")
-    print(f"\n{'':<15}{'steps':>6}{'first loss':>12}{'last loss':>11}{'tokens/s':>10}{'held-out loss':>15}  checkpoint")
-    print(f"{'base':<15}{'':>6}{'':>12}{'':>11}{'':>10}{heldout_loss(run / 'base', dataset):>15.3f}  {run / 'base'}")
+    base = run / "base"
+    lines = [
+        f"{'':<14}{'steps':>6}{'first loss':>12}{'last loss':>11}{'tokens/s':>10}{'held-out loss':>15}  checkpoint"
+    ]
+    lines += [f"{'base':<14}{heldout_loss(base, dataset):>54.3f}  {base}"]
     for name, label in (("fullseq", "full sequence"), ("blockwise", "block-wise")):
-        with open(run / f"{name}_logs" / "metrics.csv", newline="") as file:
-            metrics = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-        tenth = max(1, len(metrics) // 10)
-        first, last = (fmean(row["loss"] for row in part) for part in (metrics[:tenth], metrics[-tenth:]))
-        speed = fmean(row["tokens_per_second"] for row in metrics)
-        (folder,) = run.glob(f"{name}_step*")
-        print(f"{label:<15}{len(metrics):>6}{first:>12.3f}{last:>11.3f}{speed:>10,.0f}", end="")
-        print(f"{heldout_loss(folder, dataset):>15.3f}  {folder}")
-    print("\nFirst and last loss are means over a tenth of the steps. The trainers ask different questions: only the")
+        steps, first, last, speed, folder = trained(run, name)
+        loss = heldout_loss(folder, dataset)
+        lines += [f"{label:<14}{steps:>6}{first:>12.3f}{last:>11.3f}{speed:>10,.0f}{loss:>15.3f}  {folder}"]
+    print("", *lines, "", sep="\n")
+    print("First and last loss are means over a tenth of the steps. The trainers ask different questions: only the")
     print(f"held-out loss (block-wise, the same masks for all) compares them. Curves: {run / 'loss.png'}")
 
 
