@@ -1,0 +1,193 @@
+"""Block-by-block decoding with low-confidence remasking, as a function of ids (LLaDA, arXiv 2502.09992).
+
+The canvas is the prompt and gen_length masks. Blocks are written from left to right; within a block every step runs the
+model over the whole canvas and commits the tokens that it is most confident of. Committed tokens stay.
+
+Letters in shapes: B prompts, R rows of a forward pass, P longest prompt, G gen_length, L = P + G columns of the canvas,
+K block_length, V vocabulary.
+Prompts are padded on the left, so that a block stands in the same columns in every row.
+"""
+
+import torch
+from transformers import DynamicCache
+
+import llada
+from cli import InputError
+
+
+def load(name, dtype):
+    """Model, in evaluation mode and on the GPU if there is one, and tokenizer of a folder or hub id. Raises InputError.
+
+    dtype: `float32`, `bfloat16`, or `auto`, which is the checkpoint's own on a GPU and float32 on a CPU (faster there).
+    """
+    folder, gpu = llada.local_folder(name), torch.cuda.is_available()
+    tokenizer = llada.load_tokenizer(folder)
+    dtype = ("auto" if gpu else torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    model = llada.load_model(folder, dtype, "cuda" if gpu else "cpu").eval()
+    if model.config.mask_token_id is None:
+        raise InputError(f"{folder}/config.json has no mask_token_id, which decoding starts from.")
+    return model, tokenizer
+
+
+def end_ids(model, tokenizer):
+    """The ids that end an answer: end of text, and end of turn if the tokenizer knows LLaDA's."""
+    known = {model.config.eos_token_id, tokenizer.eos_token_id, tokenizer.get_vocab().get("<|eot_id|>")}
+    return sorted(known - {None})
+
+
+def completion(tokenizer, ids, ends):
+    """The text of an answer (a list of ids), up to the first id that ends it."""
+    length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    return tokenizer.decode(ids[:length], skip_special_tokens=True)
+
+
+def decode(model, prompts, settings, end_ids=(), generator=None):
+    """Answers prompts. Returns ids (B, G) and the number of rows that went through the model, over all forward passes.
+
+    model: LLaDAForCausalLM in evaluation mode; prompts: list of lists of ids; end_ids: tokens that end an answer.
+    At temperature 0 and without a cache, a batch gives what its prompts give one by one, up to rounding.
+    """
+    rows = 0
+    for answers, rows in stream(model, prompts, settings, end_ids, generator):  # noqa: B007
+        pass
+    return answers, rows
+
+
+@torch.no_grad()
+def stream(model, prompts, settings, end_ids=(), generator=None):
+    """decode, step by step: yields (ids (B, G), with masks where nothing is written yet, and rows so far)."""
+    mask_id, steps = model.config.mask_token_id, settings.steps * settings.block_length // settings.gen_length
+    canvas, seen = make_canvas(model.config, prompts, settings.gen_length, model.device)  # (B, L), (B, L)
+    answer = canvas[:, -settings.gen_length :]  # (B, G), a view
+    ends = torch.tensor(end_ids, dtype=torch.long, device=canvas.device)
+    open_rows, rows = torch.arange(len(prompts), device=canvas.device), 0
+    for start in range(canvas.shape[1] - settings.gen_length, canvas.shape[1], settings.block_length):
+        block, forward = slice(start, start + settings.block_length), None
+        for step in range(settings.block_length if settings.threshold else steps):
+            todo = open_rows[(canvas[open_rows, block] == mask_id).any(dim=1)]
+            if not len(todo):
+                break
+            if forward is None or settings.cache == "none":
+                forward = Forward(model, canvas, seen, todo, block, settings)
+                logits = forward.first()
+            else:
+                todo, logits = forward.rows, forward.again(canvas)
+            rows += len(todo)
+            number = settings.block_length // steps + (step < settings.block_length % steps)
+            written = commit(logits, canvas[todo, block], mask_id, number, settings, ends, generator)
+            canvas[todo, block] = written
+            yield answer, rows
+        if settings.stop_at_end:
+            over = torch.isin(canvas[open_rows, block], ends).any(dim=1)
+            canvas[open_rows[over], block.stop :] = model.config.eos_token_id
+            open_rows = open_rows[~over]
+    yield answer, rows
+
+
+def make_canvas(config, prompts, gen_length, device):
+    """Prompts on the right edge of P columns, then gen_length masks. Returns ids, and where they are real, (B, L) both.
+
+    Raises InputError.
+    """
+    if not all(prompts):
+        raise InputError("a prompt is empty.")
+    longest = max(map(len, prompts))
+    if longest + gen_length > config.max_position_embeddings:
+        raise InputError(
+            f"a prompt of {longest} tokens and gen_length {gen_length} are more than the model's "
+            f"{config.max_position_embeddings} positions."
+        )
+    canvas = torch.full((len(prompts), longest + gen_length), config.mask_token_id)
+    seen = torch.ones_like(canvas, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        canvas[row, longest - len(prompt) : longest] = torch.tensor(prompt)
+        canvas[row, : longest - len(prompt)] = config.pad_token_id
+        seen[row, : longest - len(prompt)] = False
+    return canvas.to(device), seen.to(device)
+
+
+class Forward:
+    """The model on some rows of the canvas, for the steps of one block; keeps keys and values if asked to.
+
+    With guidance, every row comes twice: the second half has its prompt hidden.
+    """
+
+    def __init__(self, model, canvas, seen, rows, block, settings):
+        self.model, self.rows, self.block, self.settings = model, rows, block, settings
+        self.ids, self.seen = canvas[rows], seen[rows]  # (R, L), (R, L)
+        self.positions = (self.seen.cumsum(dim=1) - 1).clamp(min=0)  # (R, L): padding does not count
+        if settings.cfg_scale:
+            prompt_end = canvas.shape[1] - settings.gen_length
+            hidden = self.ids.clone()
+            hidden[:, :prompt_end] = hidden[:, :prompt_end].masked_fill(
+                self.seen[:, :prompt_end], model.config.mask_token_id
+            )
+            self.ids, self.seen = torch.cat([self.ids, hidden]), self.seen.repeat(2, 1)
+            self.positions = self.positions.repeat(2, 1)
+
+    def first(self):
+        """Logits (R, K, V) of the block from a pass over the whole canvas."""
+        cache = None if self.settings.cache == "none" else DynamicCache(config=self.model.config)
+        columns = torch.arange(self.ids.shape[1], device=self.ids.device)
+        logits = self.run(self.ids, columns, columns[self.block], cache)
+        if cache is not None:
+            after = columns[self.block.stop :] if self.settings.cache == "dual" else columns[:0]
+            self.kept = torch.cat([columns[: self.block.start], after])
+            self.new = columns[self.block] if self.settings.cache == "dual" else columns[self.block.start :]
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, self.kept], layer.values[:, :, self.kept]
+            self.cache = cache
+        return logits
+
+    def again(self, canvas):
+        """Logits (R, K, V) of the block from a pass over the columns whose keys and values are not kept."""
+        ids = canvas[self.rows][:, self.new].repeat(2 if self.settings.cfg_scale else 1, 1)
+        wanted = torch.arange(self.block.stop - self.block.start, device=ids.device)
+        logits = self.run(ids, self.new, wanted, self.cache, self.kept)
+        self.cache.crop(-len(self.new))
+        return logits
+
+    def run(self, ids, columns, wanted, cache, kept=None):
+        """The model on ids, which stand in these columns of the canvas; wanted: where in `ids` the head is needed."""
+        seen = self.seen if kept is None else self.seen[:, torch.cat([kept, columns])]
+        logits = self.model(
+            input_ids=ids,
+            attention_mask=None if seen.all() else seen,  # no mask, if it can be: attention is faster then
+            position_ids=self.positions[:, columns],
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=wanted,
+        ).logits.float()
+        if self.settings.cfg_scale:
+            conditional, unconditional = logits.chunk(2)
+            logits = unconditional + (self.settings.cfg_scale + 1) * (conditional - unconditional)
+        return logits
+
+
+def commit(logits, block, mask_id, number, settings, ends, generator=None):
+    """Writes the `number` tokens of each row that the model is most confident of, or all above the threshold.
+
+    logits (R, K, V) fp32; block (R, K) ids with masks. Returns the block with the tokens written.
+    """
+    token = sample(logits, settings.temperature, generator)  # (R, K)
+    if settings.remasking == "random":
+        confidence = torch.rand(token.shape, generator=generator, device=token.device)
+    else:
+        confidence = logits.softmax(dim=-1).gather(-1, token[..., None])[..., 0]
+    if settings.suppress_end:
+        confidence = confidence - 2.0 * torch.isin(token, ends)  # after all others
+    masked = block == mask_id
+    confidence = confidence.masked_fill(~masked, -torch.inf)
+    chosen = torch.zeros_like(masked)
+    chosen.scatter_(1, confidence.topk(1 if settings.threshold else number, dim=1).indices, True)
+    if settings.threshold:
+        chosen |= confidence > settings.threshold
+    return torch.where(chosen & masked, token, block)
+
+
+def sample(logits, temperature, generator=None):
+    """The most likely tokens, or at a temperature above 0 a draw by the Gumbel trick in fp64. (R, K, V) -> (R, K)"""
+    if not temperature:
+        return logits.argmax(dim=-1)
+    noise = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=torch.float64)
+    return (logits.double() - temperature * (-noise.log()).log()).argmax(dim=-1)

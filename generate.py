@@ -1,0 +1,104 @@
+"""Answers prompts with a LLaDA checkpoint, decoding block by block (decode.py).
+
+    python generate.py --model ckpts_stagewise_sft_32_step0025 --prompt "Ada has 3 pens and buys 4. How many are there?"
+    python generate.py --model FOLDER --prompts in.jsonl --output out.jsonl
+
+in.jsonl has rows {"prompt": text}, out.jsonl rows {"prompt", "completion", "token_ids"}, written as they are answered.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import pt
+from cli import InputError, run
+from settings import add_flags, from_flags
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a checkpoint, or hub id")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="a text; its answer is printed")
+    source.add_argument("--prompts", help='jsonl file with rows {"prompt": text}')
+    parser.add_argument("--output", help="jsonl file to write, with --prompts; must not exist yet")
+    add_flags(parser)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument(
+        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="auto: float32 on CPUs"
+    )
+    parser.add_argument("--raw", action="store_true", help="no chat template: continue the text as it is")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if bool(args.prompts) != bool(args.output) or args.batch_size < 1:
+        parser.error("--prompts and --output belong together, and --batch_size must be at least 1")
+    return args
+
+
+def main():
+    args = parse_args()
+    settings = from_flags(args)
+    texts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts)
+    if args.output and Path(args.output).exists():
+        raise InputError(f"--output {args.output} exists already; remove it, or name another file.")
+    import torch  # only now: a typing error is reported without waiting for it
+    from tqdm import tqdm
+
+    import decode
+
+    model, tokenizer = decode.load(args.model, args.dtype)
+    ends, generator = decode.end_ids(model, tokenizer), torch.Generator(model.device).manual_seed(args.seed)
+    prompts = [encode(tokenizer, text, args.raw) for text in texts]
+    decode.make_canvas(model.config, prompts, settings.gen_length, "cpu")  # they fit, before the first is answered
+    bar = tqdm(total=len(texts), desc="answering", unit="prompt", disable=not args.output)
+    for start in range(0, len(texts), args.batch_size):
+        some = slice(start, start + args.batch_size)
+        ids, _ = decode.decode(model, prompts[some], settings, ends, generator)
+        rows = [(text, decode.completion(tokenizer, row, ends), row) for text, row in zip(texts[some], ids.tolist())]
+        write(rows, args.output)
+        bar.update(len(rows))
+    bar.close()
+
+
+def read_prompts(path):
+    """The prompts of a jsonl file. Raises InputError that names the line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompts {path} cannot be read: {error}") from error
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompts.append(json.loads(line)["prompt"])
+        except (ValueError, TypeError, KeyError):
+            raise InputError(f'{path}, line {number}: not a row {{"prompt": text}}.') from None
+        if not isinstance(prompts[-1], str) or not prompts[-1].strip():
+            raise InputError(f"{path}, line {number}: the prompt is empty or not a text.")
+    if not prompts:
+        raise InputError(f"--prompts {path} has no rows.")
+    return prompts
+
+
+def encode(tokenizer, text, raw):
+    """A prompt as ids: as the user's turn of a conversation, or raw."""
+    if not text.strip():
+        raise InputError("--prompt is empty.")
+    if not raw:
+        text = pt.render(tokenizer, [{"role": "user", "content": text}], ask=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def write(rows, output):
+    """Prints answers, or appends them to the output file."""
+    if not output:
+        for _, answer, _ in rows:
+            print(answer)
+        return
+    with open(output, "a", encoding="utf-8") as file:
+        for prompt, answer, ids in rows:
+            row = {"prompt": prompt, "completion": answer, "token_ids": ids}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

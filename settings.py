@@ -1,0 +1,48 @@
+"""The settings of block-by-block decoding, and their flags. Imports nothing heavy."""
+
+from dataclasses import dataclass, fields
+
+from cli import InputError
+
+
+@dataclass
+class Settings:
+    """How to decode (decode.py). The last three trade accuracy for speed; with their defaults decoding is exact."""
+
+    gen_length: int = 256  # tokens of the answer
+    block_length: int = 32  # tokens of a block; best the BLOCK_SIZE of training
+    steps: int = 256  # forward passes for the whole answer, shared evenly by the blocks
+    temperature: float = 0.0  # 0 = the most likely token, else Gumbel sampling
+    remasking: str = "low_confidence"  # which tokens wait: low_confidence, or random ones
+    cfg_scale: float = 0.0  # classifier-free guidance: a second pass with the prompt hidden
+    suppress_end: bool = False  # write tokens that end an answer only when nothing else is left in the block
+    threshold: float = 0.0  # write every token whose confidence is above this; 0 = as many as steps says
+    stop_at_end: bool = False  # write no further blocks after one with a token that ends the answer
+    cache: str = "none"  # keys and values that are kept within a block: none, prefix, or dual (prefix and suffix)
+
+    def __post_init__(self):
+        blocks, rest = divmod(self.gen_length, self.block_length) if self.block_length > 0 else (0, 1)
+        if rest or blocks < 1:
+            raise InputError(f"gen_length {self.gen_length} is not a multiple of block_length {self.block_length}.")
+        if self.steps < 1 or self.steps % blocks:
+            raise InputError(f"steps {self.steps} is not a multiple of the {blocks} blocks of the answer.")
+        if not (self.temperature >= 0 and self.cfg_scale >= 0 and 0 <= self.threshold < 1):
+            raise InputError("temperature and cfg_scale must be at least 0, threshold at least 0 and below 1.")
+        if self.remasking not in ("low_confidence", "random"):
+            raise InputError(f"remasking {self.remasking!r} is neither 'low_confidence' nor 'random'.")
+        if self.cache not in ("none", "prefix", "dual"):
+            raise InputError(f"cache {self.cache!r} is none of 'none', 'prefix', 'dual'.")
+
+
+def add_flags(parser):
+    """Adds a flag for each setting to an argparse parser."""
+    for field in fields(Settings):
+        if field.type is bool:
+            parser.add_argument(f"--{field.name}", action="store_true")
+        else:
+            parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
+
+
+def from_flags(args):
+    """The Settings of parsed arguments. Raises InputError."""
+    return Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})

@@ -1,0 +1,198 @@
+"""Decoding against a slow literal version of the algorithm: one prompt at a time, full logits, no padding."""
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import decode
+import llada
+from cli import InputError
+from settings import Settings
+
+MASK = 4
+END = (120, 293)  # tokens that this model likes, in the place of those that end an answer
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return llada.load_model(base, torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """16 prompts of 1 to 16 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(8, 400, (length,), generator=generator).tolist() for length in range(1, 17)]
+
+
+@torch.no_grad()
+def literal(model, prompt, gen_length, block_length, steps, cfg_scale=0.0, suppress_end=False, threshold=0.0):
+    """The algorithm as it is written down, one prompt, one token at a time. Returns ids and the number of steps."""
+    canvas = prompt + [MASK] * gen_length
+    per_block, taken = steps // (gen_length // block_length), 0
+    for start in range(len(prompt), len(canvas), block_length):
+        block = range(start, start + block_length)
+        masks = sum(canvas[i] == MASK for i in block)
+        numbers = [masks // per_block + (1 if step < masks % per_block else 0) for step in range(per_block)]
+        for number in [1] * block_length if threshold else numbers:
+            open_positions = [i for i in block if canvas[i] == MASK]
+            if not open_positions:
+                break
+            logits = model(torch.tensor([canvas])).logits[0]
+            if cfg_scale:
+                blind = model(torch.tensor([[MASK] * len(prompt) + canvas[len(prompt) :]])).logits[0]
+                logits = blind + (cfg_scale + 1) * (logits - blind)
+            candidates = []
+            for i in open_positions:
+                probability = torch.softmax(logits[i], dim=0)
+                token = int(logits[i].argmax())
+                confidence = float(probability[token]) - 2.0 * (suppress_end and token in END)
+                candidates.append((confidence, i, token))
+            candidates.sort(key=lambda candidate: -candidate[0])
+            above = sum(confidence > threshold for confidence, _, _ in candidates) if threshold else 0
+            for _, i, token in candidates[: max(number, above)]:
+                canvas[i] = token
+            taken += 1
+    return canvas[len(prompt) :], taken
+
+
+SHAPES = [(16, 16, 16), (16, 4, 16), (16, 8, 4), (24, 8, 9), (16, 1, 16), (16, 4, 4)]
+
+
+@pytest.mark.parametrize("gen_length, block_length, steps", SHAPES)
+def test_a_ragged_batch_gives_the_tokens_of_the_literal_version(model, prompts, gen_length, block_length, steps):
+    settings = Settings(gen_length, block_length, steps)
+    ids, rows = decode.decode(model, prompts, settings)
+    wanted = [literal(model, prompt, gen_length, block_length, steps) for prompt in prompts]
+    assert ids.tolist() == [answer for answer, _ in wanted]
+    assert rows == sum(taken for _, taken in wanted)
+    for prompt, (answer, _) in zip(prompts[:3], wanted):
+        assert decode.decode(model, [prompt], settings)[0].tolist() == [answer]
+
+
+@pytest.mark.parametrize("options", [{"cfg_scale": 1.5}, {"suppress_end": True}, {"threshold": 0.02}])
+def test_options_against_the_literal_version(model, prompts, options):
+    ids, rows = decode.decode(model, prompts, Settings(16, 8, 16, **options), END)
+    wanted = [literal(model, prompt, 16, 8, 16, **options) for prompt in prompts]
+    assert ids.tolist() == [answer for answer, _ in wanted] and rows == sum(taken for _, taken in wanted)
+    plain, plain_rows = decode.decode(model, prompts, Settings(16, 8, 16), END)
+    assert plain.tolist() != ids.tolist() and ("threshold" not in options or rows < plain_rows)
+
+
+def test_a_causal_model_would_decode_otherwise(model, prompts):
+    """The test above can fail: the order of the tokens depends on seeing the masks behind them."""
+    causal = LlamaForCausalLM(model.config).eval()
+    causal.load_state_dict(model.state_dict())
+    causal.config.is_causal = True
+    ids, _ = decode.decode(causal, prompts, Settings(16, 8, 16))
+    causal.config.is_causal = False
+    assert ids.tolist() != decode.decode(model, prompts, Settings(16, 8, 16))[0].tolist()
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
+def test_a_cache_is_exact_in_the_first_step_of_each_block(model, prompts, cache, cfg_scale):
+    """One step a block leaves nothing to the cache; with more steps it changes few tokens and no shape."""
+    exact = Settings(16, 4, 4, cfg_scale=cfg_scale)
+    cached = Settings(16, 4, 4, cfg_scale=cfg_scale, cache=cache)
+    assert decode.decode(model, prompts, cached)[0].tolist() == decode.decode(model, prompts, exact)[0].tolist()
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@torch.no_grad()
+def test_cached_logits_are_those_of_stale_keys_and_values(model, prompts, cache):
+    """Nothing has changed since the first pass, so nothing is stale: the second pass must give the same logits."""
+    settings = Settings(16, 4, 16, cache=cache)
+    canvas, seen = decode.make_canvas(model.config, prompts, 16, "cpu")
+    forward = decode.Forward(model, canvas, seen, torch.arange(16), slice(20, 24), settings)
+    first = forward.first()
+    for _ in range(2):
+        torch.testing.assert_close(forward.again(canvas), first, rtol=1e-4, atol=1e-4)
+    canvas[:, 20] = 50  # and the new token is seen
+    assert (forward.again(canvas) - first).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_cached_decoding_writes_everything_and_agrees_mostly(model, prompts, cache):
+    ids, rows = decode.decode(model, prompts, Settings(16, 8, 16, cache=cache))
+    exact, exact_rows = decode.decode(model, prompts, Settings(16, 8, 16))
+    assert (ids != MASK).all() and rows == exact_rows
+    assert (ids == exact).float().mean() > 0.3  # random weights are the worst case; the README has real ones
+
+
+def test_stop_at_end_skips_the_blocks_behind_it(model, prompts):
+    """The text up to the end is that of the exact way, what follows is end of text, and no pass is spent on it."""
+    exact, rows = decode.decode(model, prompts, Settings(32, 4, 32))
+    ends = (int(exact[3, 6]), int(exact[5, 1]))  # tokens that do occur
+    stopped, fewer = decode.decode(model, prompts, Settings(32, 4, 32, stop_at_end=True), ends)
+    assert fewer < rows
+    saved = 0
+    for row, full in zip(stopped.tolist(), exact.tolist()):
+        first = next((i for i, token in enumerate(full) if token in ends), len(full))
+        block_end = min(32, (first // 4 + 1) * 4)
+        assert row == full[:block_end] + [model.config.eos_token_id] * (32 - block_end)
+        saved += 32 - block_end
+    assert rows - fewer == saved
+
+
+def test_temperature_draws_from_the_softmax():
+    """The Gumbel trick at temperature T draws from softmax(logits / T): frequencies within 5 standard errors."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    generator, number = torch.Generator().manual_seed(0), 40_000
+    drawn = torch.bincount(decode.sample(logits.expand(1, number, 4), 0.7, generator)[0], minlength=4) / number
+    wanted = (logits / 0.7).softmax(dim=0)
+    assert ((drawn - wanted).abs() < 5 * (wanted * (1 - wanted) / number).sqrt()).all()
+
+
+def test_sampling_and_random_remasking_come_from_the_generator(model, prompts):
+    for options in ({"temperature": 1.0}, {"remasking": "random"}):
+        settings = Settings(16, 8, 16, **options)
+
+        def draw(seed, settings=settings):
+            return decode.decode(model, prompts, settings, generator=torch.Generator().manual_seed(seed))[0].tolist()
+
+        assert draw(1) == draw(1) != draw(2)
+
+
+def test_stream_shows_each_step_and_committed_tokens_stay(model, prompts):
+    settings, shown = Settings(16, 4, 16), []
+    for answer, _ in decode.stream(model, prompts[:2], settings):
+        shown.append(answer.clone())
+    assert [int((ids != MASK).sum()) for ids in shown] == [*range(2, 34, 2), 32]
+    for before, after in zip(shown, shown[1:]):
+        assert (after[before != MASK] == before[before != MASK]).all()
+    assert (shown[3][:, :4] != MASK).all() and (shown[3][:, 4:] == MASK).all()  # block by block
+
+
+def test_the_head_is_computed_for_the_block_only(model, prompts):
+    shapes = []
+    handle = model.lm_head.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
+    decode.decode(model, prompts, Settings(16, 4, 4))
+    handle.remove()
+    assert set(shapes) == {(16, 4, 400)}
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"gen_length": 30}, "gen_length 30 is not a multiple of block_length 32"),
+        ({"block_length": 0}, "not a multiple of block_length 0"),
+        ({"gen_length": 0}, "gen_length 0"),
+        ({"steps": 100}, "steps 100 is not a multiple of the 8 blocks"),
+        ({"steps": 0}, "steps 0"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"threshold": 1.0}, "threshold"),
+        ({"remasking": "high"}, "remasking 'high'"),
+        ({"cache": "all"}, "cache 'all'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(options, said):
+    with pytest.raises(InputError, match=said):
+        Settings(**options)
+
+
+def test_prompts_that_do_not_fit_are_refused(model):
+    with pytest.raises(InputError, match="a prompt is empty"):
+        decode.decode(model, [[5], []], Settings(16, 4, 4))
+    with pytest.raises(InputError, match="1009 tokens and gen_length 16 are more than the model's 1024 positions"):
+        decode.decode(model, [[5] * 1009], Settings(16, 4, 4))
