@@ -26,16 +26,18 @@ RANGES = {
     "MICRO_BSIZE": (1, math.inf), "GRAD_ACC": (1, math.inf),
     "TOTAL_TRAIN_STEPS": (0, math.inf), "SAVE_EVERY": (0, math.inf),
 }  # fmt: skip
+FLOATS = {name for name, (low, _) in RANGES.items() if isinstance(low, float)}
 
 
 def override(script, argv):
-    """Sets the ALL_CAPS constants of a script from `--NAME=value` arguments, and returns all of them.
+    """Sets the ALL_CAPS constants of a script from `--NAME=value` arguments, checks and returns all of them.
 
     script: the script's globals(), changed in place, so that its functions see the values in force.
     Numbers, booleans and lists are Python literals; an int may stand for a float, no other change of type is accepted.
     The launcher's --local_rank passes. Returns a namespace of the constants. Raises InputError.
     """
     knobs = [name for name in script if name.isupper()]
+    values = {}
     for arg in argv:
         name, equals, text = arg.removeprefix("--").partition("=")
         if name in ("local_rank", "local-rank"):
@@ -46,28 +48,38 @@ def override(script, argv):
             raise InputError(f"{arg} is not a knob of this script.{hint} The knobs are: {', '.join(knobs)}.")
         if not equals:
             raise InputError(f"{arg} needs a value, as in --{name}={script[name]!r}.")
-        script[name] = parse(name, text, script[name])
+        values[name] = parse(name, text, script[name])
+    for name in knobs:  # the constants in the script, too, may have been edited
+        check(name, values.get(name, script[name]))
+    script.update(values)
     return SimpleNamespace(**{name: script[name] for name in knobs})
 
 
 def parse(name, text, default):
-    """Reads `text` as a value of the type of `default` and checks its range. Raises InputError."""
+    """Reads `text` as a value of the type of `default`. Raises InputError."""
     value = text
     if not isinstance(default, str):
         # the errors are all that literal_eval can raise; the value stays text then, which the type check refuses
         with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             value = ast.literal_eval(text)
-    int_for_float = type(default) is float and type(value) is int
-    if type(value) is not type(default) and not int_for_float:
-        raise InputError(f"--{name}={text} is not of type {type(default).__name__}; the default is {default!r}.")
+    kind = float if type(default) is int and name in FLOATS else type(default)  # a float may be written as 1
+    if kind is float and type(value) is int:
+        check(name, value)  # a number too large for a float is out of range, too
+        value = float(value)
+    if type(value) is not kind:
+        raise InputError(f"--{name}={text} is not of type {kind.__name__}; the default is {default!r}.")
+    return value
+
+
+def check(name, value):
+    """Refuses a value that a knob cannot have. Raises InputError."""
     if isinstance(value, list) and not (value and all(isinstance(item, str) and item for item in value)):
-        raise InputError(f"--{name}={text} is not a list of names; the default is {default!r}.")
+        raise InputError(f"{name}={value!r} is not a list of names.")
     if isinstance(value, str) and not value:
-        raise InputError(f"--{name} is empty; the default is {default!r}.")
+        raise InputError(f"{name} is empty.")
     low, high = RANGES.get(name, (-math.inf, math.inf))
-    if type(value) in (int, float) and not low <= value <= high:
-        raise InputError(f"--{name}={text} is out of range: it must be between {low} and {high}.")
-    return float(value) if int_for_float else value
+    if type(value) in (int, float) and not (low <= value <= high and abs(value) < math.inf):
+        raise InputError(f"{name}={value!r:.40} is out of range: it must be between {low} and {high}.")
 
 
 def run(main):

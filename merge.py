@@ -1,7 +1,7 @@
 """From LoRA adapters to a checkpoint like its base: the same tensor names, shards and side files, in bf16.
 
 Each shard of the base is read and written front to back, some rows of one tensor at a time, so memory stays at a few
-dozen MB whatever the model's size. Sums are made in fp32 and rounded once .
+dozen MB whatever the model's size. Sums are made in fp32 and rounded once.
 """
 
 import json

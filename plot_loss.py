@@ -53,8 +53,11 @@ def main():
     axes.set(xlabel="optimizer step", ylabel="training loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(args.output, dpi=150)
-    print(f"{args.output}: {len(curves)} runs")
+    try:
+        figure.savefig(args.output, dpi=150)
+    except (OSError, ValueError) as error:  # no such folder, or no such format
+        raise InputError(f"--output {args.output} cannot be written: {error}") from error
+    print(f"{args.output}: {', '.join(label for label, *_ in curves)}")
 
 
 if __name__ == "__main__":

@@ -100,29 +100,31 @@ def encode(dataset, tokenizer, max_len, max_samples, filter_type):
 
     rows, header = [], extra_header(tokenizer)
     counts = dict.fromkeys(("kept", "skipped by type", "too long", "unusable"), 0)
-    bar = tqdm(total=len(dataset), desc="tokenizing", unit="row")
-    for batch in dataset.iter(1000):
-        texts = list(zip(batch["query"], batch["response"], batch["type"] if filter_type else batch["query"]))
-        for i, row in enumerate(texts):
-            if not all(isinstance(text, str) for text in row):
-                raise InputError(f"row {bar.n + i} of the dataset holds something else than texts: {row!r:.200}")
-        wanted = [(query, response) for query, response, kind in texts if not (filter_type and filter_type in kind)]
-        encoded = iter(tokenize(wanted, tokenizer, header))
-        for _, _, kind in texts:
-            if filter_type and filter_type in kind:
-                counts["skipped by type"] += 1
-                continue
-            row = next(encoded)
-            fate = "unusable" if row is None else "too long" if len(row[1]) > max_len else "kept"
-            counts[fate] += 1
-            if fate == "kept":
-                rows.append(row)
-            if len(rows) == max_samples > 0:
-                bar.close()
-                return rows, counts
-        bar.update(len(texts))
-    bar.close()
+    with tqdm(total=len(dataset), desc="tokenizing", unit="row") as bar:
+        for batch in dataset.iter(1000):
+            types = batch["type"] if filter_type else [""] * len(batch["query"])
+            check_texts(zip(batch["query"], batch["response"], types), first=bar.n)
+            skip = [bool(filter_type) and filter_type in kind for kind in types]
+            wanted = [pair for pair, no in zip(zip(batch["query"], batch["response"]), skip) if not no]
+            encoded = iter(tokenize(wanted, tokenizer, header))
+            for no in skip:
+                row = None if no else next(encoded)
+                fate = "skipped by type" if no else "unusable" if row is None else "kept"
+                fate = "too long" if fate == "kept" and len(row[1]) > max_len else fate
+                counts[fate] += 1
+                if fate == "kept":
+                    rows.append(row)
+                if len(rows) == max_samples > 0:
+                    return rows, counts
+            bar.update(len(skip))
     return rows, counts
+
+
+def check_texts(rows, first):
+    """Refuses rows with something else than texts; `first` is the number of the first of them."""
+    for number, row in enumerate(rows, start=first):
+        if not all(isinstance(text, str) for text in row):
+            raise InputError(f"row {number} of the dataset holds something else than texts: {row!r:.200}")
 
 
 def user_turn(query):

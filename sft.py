@@ -15,11 +15,13 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
 import sys
 import time
 import warnings
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -50,11 +52,14 @@ def train(knobs, turns, hide):
 
     knobs: the script's constants. turns: answer lengths (N,) -> how often each row can be drawn in the run, (N,).
     hide: (prompt_len (G,), length (G,), turn (G,), generator=) -> hidden, scored, both (G, L) bool (see masking.py).
-    Raises InputError before anything is trained or written if something in the knobs, the rows or the model is wrong.
+    Raises InputError before anything is trained or written if something in the knobs, the rows or the model is wrong,
+    and during the training if the loss or the gradient is not finite.
     """
     place = Place.from_launcher()
+    check_targets(knobs.TARGET_MODS)
+    data = read_pt(knobs.PT_FILE)  # before the base, which may be a large download
     base = llada.local_folder(knobs.MODEL)
-    rows = load_rows(knobs, check_model(base, knobs))
+    rows = make_rows(data, knobs, check_model(base, knobs))
     plan = schedule(turns(rows.length - rows.prompt_len), knobs.EPOCHS, knobs.SEED)  # (P, 2)
     steps = plan_steps(knobs, place, rows, plan)
     model = lora_model(base, knobs, place)
@@ -130,9 +135,8 @@ class Place:
         local_world = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world)  # torchrun's, deepspeed's name
         get_accelerator().set_device(local_rank)
         device = torch.device(get_accelerator().device_name(local_rank))
-        if (
-            device.type == "cpu" and "OMP_NUM_THREADS" not in env
-        ):  # ranks that share cores wait for each other's threads
+        # ranks that share cores would wait for each other's threads
+        if device.type == "cpu" and "OMP_NUM_THREADS" not in env:
             torch.set_num_threads(max(1, os.cpu_count() // local_world))
         return cls(int(env["RANK"]), world, local_rank, local_world, device)
 
@@ -196,25 +200,25 @@ class Rows:
         return Rows(self.ids.to(device), self.prompt_len.to(device), self.length.to(device), self.unanswered)
 
 
-def load_rows(knobs, config):
-    """Reads PT_FILE, checks every row against the model's config and the knobs, pads to MAX_LEN. Raises InputError."""
-    path, rows = knobs.PT_FILE, read_pt(knobs.PT_FILE)
-    for i, row in enumerate(rows):
+def make_rows(data, knobs, config):
+    """Checks the rows of PT_FILE against the model's config and the knobs, pads them to MAX_LEN. Raises InputError."""
+    path = knobs.PT_FILE
+    for i, row in enumerate(data):
         if problem := row_problem(row, knobs.MAX_LEN):
             raise InputError(f"{path}: row {i} {problem}")
-    full_ids = [row["full_ids"] for row in rows]
+    full_ids = [row["full_ids"] for row in data]
     ids = pad_sequence(full_ids, batch_first=True, padding_value=config.pad_token_id)  # (all rows, longest)
     check_ids(path, ids, config.vocab_size, knobs.MASK_ID)
-    prompt_len = torch.tensor([row["prompt_len"] for row in rows])
+    prompt_len = torch.tensor([row["prompt_len"] for row in data])
     length = torch.tensor([len(row) for row in full_ids])
     answered = (prompt_len < length).nonzero()[:, 0]
     used = answered[: knobs.MAX_SAMPLES or None]
     if not len(used):
         raise InputError(
-            f"{path}: no usable row; none of its {len(rows)} rows has an answer. Write it anew with pt.py."
+            f"{path}: no usable row; none of its {len(data)} rows has an answer. Write it anew with pt.py."
         )
     ids = F.pad(ids[used].int(), (0, knobs.MAX_LEN - ids.shape[1]), value=config.pad_token_id)  # (N, L)
-    return Rows(ids, prompt_len[used], length[used], unanswered=len(rows) - len(answered))
+    return Rows(ids, prompt_len[used], length[used], unanswered=len(data) - len(answered))
 
 
 # what a damaged zip, or a good zip with a bad pickle, makes zipfile and torch.load raise
@@ -302,10 +306,14 @@ def check_model(folder, knobs):
         raise InputError(f"{folder}/config.json: pad_token_id {config.pad_token_id} is no token to pad the rows with.")
     if config.max_position_embeddings < knobs.MAX_LEN:
         raise InputError(f"MAX_LEN={knobs.MAX_LEN}, but the model has {config.max_position_embeddings} positions.")
-    for name in knobs.TARGET_MODS:
+    return config
+
+
+def check_targets(names):
+    """Refuses names of layers that no LLaDA has, or that cannot be merged. Raises InputError."""
+    for name in names:
         if name not in LINEARS:
             raise InputError(f"TARGET_MODS: {name!r} matches no layer of the model; choose from {', '.join(LINEARS)}.")
-    return config
 
 
 def lora_model(folder, knobs, place):
@@ -330,11 +338,15 @@ def lora_model(folder, knobs, place):
 def engine_config(knobs):
     """The DeepSpeed configuration. torch_adam: torch's own AdamW, which needs no kernel compiled at the first start."""
     adamw = {"lr": knobs.LR, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": knobs.WEIGHT_DECAY, "torch_adam": True}
-    return {
+    if get_accelerator().device_name() == "cuda":
+        adamw["fused"] = True
+    # gradients of many micro-batches are summed in fp32: in bf16 the small ones would be lost
+    data_types = {"data_types": {"grad_accum_dtype": "fp32"}} if knobs.BF16 and knobs.GRAD_ACC > 1 else {}
+    return data_types | {
         "train_micro_batch_size_per_gpu": knobs.MICRO_BSIZE,
         "gradient_accumulation_steps": knobs.GRAD_ACC,
         "gradient_clipping": knobs.MAX_GRAD_NORM,
-        "optimizer": {"type": "AdamW", "params": adamw | {"fused": True} if torch.cuda.is_available() else adamw},
+        "optimizer": {"type": "AdamW", "params": adamw},
         "bf16": {"enabled": knobs.BF16},
         "zero_optimization": {"stage": 2, "overlap_comm": False},  # adapter gradients are small: overlap gains nothing
     }
@@ -373,17 +385,25 @@ def lr_factor(done, steps, warmup_ratio, min_ratio):
 # ---------------------------------------------------------------- logs and checkpoints
 
 
-def make_unused(path):
-    """Creates the folder `path`, or path-v2, path-v3, ... if it exists already. Returns its Path."""
-    for v in count(1):
-        folder = Path(path if v == 1 else f"{path}-v{v}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise InputError(f"the folder {folder} cannot be made ({error.strerror}); change CKPT_DIR.") from error
+def make_log_folder(ckpt_dir):
+    """Creates the log folder of a run and finds the suffix of all its folders: '', or -v2, -v3, ...
+
+    It is the first for which neither logs nor checkpoints are there already. Returns the folder's Path and the suffix.
+    """
+    start = Path(ckpt_dir)
+    try:
+        start.parent.mkdir(parents=True, exist_ok=True)
+        there = {folder.name for folder in start.parent.iterdir()}
+        for v in count(1):
+            suffix = f"-v{v}" if v > 1 else ""
+            used = re.compile(re.escape(start.name) + rf"_(logs|step\d+){suffix}")
+            if not any(used.fullmatch(name) for name in there):
+                folder = start.with_name(f"{start.name}_logs{suffix}")
+                with suppress(FileExistsError):  # another run has made it meanwhile
+                    folder.mkdir()
+                    return folder, suffix
+    except OSError as error:
+        raise InputError(f"CKPT_DIR={ckpt_dir}: its folder cannot be written ({error.strerror}).") from error
 
 
 class Log:
@@ -393,9 +413,9 @@ class Log:
 
     def __init__(self, knobs, place, steps):
         self.place, self.began, self.losses = place, time.perf_counter(), []
-        folder = [make_unused(f"{knobs.CKPT_DIR}_logs") if place.rank == 0 else None]
-        dist.broadcast_object_list(folder, src=0)
-        self.folder = folder[0]
+        made = [make_log_folder(knobs.CKPT_DIR) if place.rank == 0 else None]
+        dist.broadcast_object_list(made, src=0)
+        self.folder, self.suffix = made[0]
         if place.rank == 0:
             derived = {"script": Path(sys.argv[0]).name, "ranks": place.world, "total_steps": steps}
             versions = {name: version(name) for name in ("torch", "transformers", "deepspeed", "peft")}
@@ -430,7 +450,7 @@ def write_json(path, content):
 
 def peak_memory_gb():
     """Highest memory of this rank so far: of the GPU if there is one, else of the process."""
-    if torch.cuda.is_available():
+    if get_accelerator().device_name() == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
@@ -446,18 +466,18 @@ def save_checkpoint(model, base, knobs, place, log, rows, step):
     dist.barrier()
     if place.rank == 0:
         merge.copy_side_files(base, unfinished)
-        folder = make_unused(f"{knobs.CKPT_DIR}_step{step:04d}")
-        unfinished.rename(folder)  # over the empty folder, which reserved the name
+        folder = Path(f"{knobs.CKPT_DIR}_step{step:04d}{log.suffix}")
+        unfinished.rename(folder)  # fails if another run has made that folder meanwhile
         say(place, "checkpoint", f"{folder}/ in {time.perf_counter() - began:.1f} s")
-        say(place, "", logit_gap(model, base, folder, rows, knobs.MASK_ID))
+        say(place, "", gap_on_first_rows(model, base, folder, rows, knobs.MASK_ID))
     dist.barrier()
 
 
-def logit_gap(model, base, folder, rows, mask_id):
+def gap_on_first_rows(model, base, folder, rows, mask_id):
     """merge.logit_gap on the first rows, seen as decoding first sees them: all of the answer hidden."""
     ids, prompt_len, length = rows.ids[:4].long(), rows.prompt_len[:4], rows.length[:4]
-    position = torch.arange(ids.shape[1], device=ids.device)
-    answer = (position >= prompt_len[:, None]) & (position < length[:, None])  # (B, L)
+    whole = ids.shape[1]  # as the block size: one block, the answer
+    _, answer, _ = masking.regions(prompt_len, length, torch.zeros_like(length), whole, whole)  # (B, L)
     model.eval()
     sentence = merge.logit_gap(model, base, folder, ids.masked_fill(answer, mask_id), answer)
     model.train()

@@ -1,12 +1,12 @@
 """The end of demo.sh: loads the checkpoints back, and a table of what was trained.
 
-python -m demo.summary demo_run
+python -m demo.summary demo_run BLOCK_SIZE
 """
 
 import csv
 import sys
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import torch
 from datasets import load_dataset
@@ -17,10 +17,8 @@ import llada  # noqa: F401  (registers the model type, so that the Auto classes 
 import masking
 import pt
 
-BLOCK_SIZE = 16  # as in demo.sh
 
-
-def heldout_loss(folder, dataset):
+def heldout_loss(folder, dataset, block_size):
     """The block-wise loss of a checkpoint on every block of problems that were not trained on, with fixed masks."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").float().eval()
@@ -29,9 +27,9 @@ def heldout_loss(folder, dataset):
     ids = pad_sequence(full_ids, batch_first=True, padding_value=model.config.pad_token_id)  # (B, L)
     prompt_len, length = torch.tensor([(start, len(row)) for start, row in rows]).T
     generator, losses = torch.Generator().manual_seed(0), []
-    for block in range(int(masking.num_blocks(length - prompt_len, BLOCK_SIZE).max())):
+    for block in range(int(masking.num_blocks(length - prompt_len, block_size).max())):
         hidden, scored = masking.blockwise_masks(
-            prompt_len, length, torch.full_like(length, block), ids.shape[1], block_size=BLOCK_SIZE,
+            prompt_len, length, torch.full_like(length, block), ids.shape[1], block_size=block_size,
             mask_prob_eps=1e-3, prefix_mask_rate=0.0, suffix_mask_prob=1.0, generator=generator,
         )  # fmt: skip
         with torch.no_grad():
@@ -48,20 +46,20 @@ def trained(run, name):
     tenth = max(1, len(metrics) // 10)
     first, last = (fmean(row["loss"] for row in part) for part in (metrics[:tenth], metrics[-tenth:]))
     (folder,) = run.glob(f"{name}_step*")
-    return len(metrics), first, last, fmean(row["tokens_per_second"] for row in metrics), folder
+    return len(metrics), first, last, median(row["tokens_per_second"] for row in metrics), folder
 
 
 def main():
-    run = Path(sys.argv[1])
+    run, block_size = Path(sys.argv[1]), int(sys.argv[2])
     dataset = load_dataset(str(run / "heldout"), split="train")
     base = run / "base"
     lines = [
         f"{'':<14}{'steps':>6}{'first loss':>12}{'last loss':>11}{'tokens/s':>10}{'held-out loss':>15}  checkpoint"
     ]
-    lines += [f"{'base':<14}{heldout_loss(base, dataset):>54.3f}  {base}"]
+    lines += [f"{'base':<14}{heldout_loss(base, dataset, block_size):>54.3f}  {base}"]
     for name, label in (("fullseq", "full sequence"), ("blockwise", "block-wise")):
         steps, first, last, speed, folder = trained(run, name)
-        loss = heldout_loss(folder, dataset)
+        loss = heldout_loss(folder, dataset, block_size)
         lines += [f"{label:<14}{steps:>6}{first:>12.3f}{last:>11.3f}{speed:>10,.0f}{loss:>15.3f}  {folder}"]
     print("", *lines, "", sep="\n")
     print("First and last loss are means over a tenth of the steps. The trainers ask different questions: only the")

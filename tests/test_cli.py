@@ -20,7 +20,7 @@ SCRIPTS = (train_blockwise, train_fullseq)
 def constants():
     return {
         "LR": 1e-5, "BLOCK_SIZE": 32, "BF16": True, "MODEL": "hub/name", "TARGET_MODS": ["q_proj"],
-        "PREFIX_MASK_RATE": 0.0, "SEED": 42, "not_a_knob": 1, "Path": object,
+        "PREFIX_MASK_RATE": 0.0, "SEED": 42, "MAX_GRAD_NORM": 1.0, "not_a_knob": 1, "Path": object,
     }  # fmt: skip
 
 
@@ -63,6 +63,7 @@ def test_override_sets_the_script_and_returns_all_constants(arg, name, value):
         ("--LR=nan", "not of type float"),
         ("--LR=-1e-3", "out of range"),
         ("--LR=1e999", "out of range"),
+        ("--MAX_GRAD_NORM=1e999", "out of range"),
         ("--LR=1" + "0" * 400, "out of range"),
         ("--PREFIX_MASK_RATE=1.5", "out of range"),
         ("--SEED=-1", "out of range"),
@@ -81,12 +82,25 @@ def test_override_refuses(arg, said):
     assert script == constants() | {"Path": script["Path"]}
 
 
+@pytest.mark.parametrize(
+    "name, value", [("BLOCK_SIZE", 0), ("PREFIX_MASK_RATE", 5), ("TARGET_MODS", []), ("MODEL", "")]
+)
+def test_constants_edited_in_the_script_are_checked_too(name, value):
+    with pytest.raises(InputError, match=f"^{name}"):
+        cli.override(constants() | {name: value}, ["--SEED=1"])
+
+
+def test_a_float_edited_to_an_int_still_takes_floats():
+    assert cli.override(constants() | {"LR": 1}, ["--LR=2e-5"]).LR == 2e-5
+
+
 @given(st.text(max_size=40))
 def test_any_text_gives_a_value_of_the_right_type_or_an_input_error(text):
     for name, default in constants().items():
         if name.isupper():
             try:
                 value = cli.parse(name, text, default)
+                cli.check(name, value)
             except InputError:
                 continue
             assert type(value) is type(default)
@@ -99,6 +113,7 @@ def test_every_default_is_in_range_and_every_number_has_a_range(script):
     for name, value in vars(script).items():
         if name.isupper():
             assert cli.parse(name, value if isinstance(value, str) else repr(value), value) == value
+            cli.check(name, value)
             assert not (type(value) in (int, float) and name not in cli.RANGES)
 
 

@@ -18,9 +18,16 @@ def test_two_runs_become_one_png(tmp_path):
         rows = "".join(f"{i},{1 / i:.6f}\n" for i in range(1, 30))
         (tmp_path / name / "train_loss.csv").write_text("step,loss\n" + rows + "30,nan\n")
     done = run("plot_loss.py", "a_logs/train_loss.csv", "b_logs/train_loss.csv", cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout == "loss.png: 2 runs\n"
+    assert done.returncode == 0 and done.stdout == "loss.png: a, b\n"
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert list(read_losses(tmp_path / "a_logs" / "train_loss.csv"))[0] == tuple(range(1, 30))  # nan: no loss that step
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "train_loss.csv").write_text("step,loss\n1,2.0\n")
+    done = run("plot_loss.py", "train_loss.csv", "--output", "no/folder/x.png", cwd=tmp_path)
+    assert done.returncode == 1 and "no/folder/x.png cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("content", [None, "", "step,loss\n", "a,b\n1,2\n", "step,loss\n1,x\n", "step,loss\n1\n"])

@@ -1,4 +1,4 @@
-"""load_rows: what becomes of a good .pt file, and the sentence that each kind of bad one is refused with."""
+"""What becomes of a good .pt file, and the sentence that each kind of bad one is refused with."""
 
 import itertools
 import os
@@ -33,7 +33,7 @@ def path(tmp_path):
 
 def load(path, max_samples=0):
     knobs = SimpleNamespace(PT_FILE=path, MAX_LEN=MAX_LEN, MAX_SAMPLES=max_samples, MASK_ID=MASK)
-    return sft.load_rows(knobs, CONFIG)
+    return sft.make_rows(sft.read_pt(path), knobs, CONFIG)
 
 
 def load_saved(path, rows, max_samples=0):
@@ -42,7 +42,7 @@ def load_saved(path, rows, max_samples=0):
 
 
 def refusal(path, *parts):
-    """The message with which load_rows refuses the file, which must name it."""
+    """The message with which the file is refused, which must name it."""
     with pytest.raises(InputError) as error:
         load(path)
     message = str(error.value)

@@ -190,6 +190,7 @@ def test_bf16(trained):
     """The default precision, in which the adapters are bf16 too; RoPE must not be rounded to it."""
     fp32, _ = trained(ranks=1, GRAD_ACC=4)
     bf16, _ = trained(ranks=1, GRAD_ACC=4, BF16=True)
+    assert json.loads((bf16 / "ds_zero2.json").read_text())["data_types"] == {"grad_accum_dtype": "fp32"}
     assert losses(bf16) == pytest.approx(losses(fp32), abs=0.1) and losses(bf16) != losses(fp32)
 
 
@@ -243,13 +244,30 @@ def knobs_for(base, **changes):
     [
         ({"MASK_ID": 5}, "MASK_ID=5, but .*mask_token_id 4"),
         ({"MAX_LEN": 2048}, "MAX_LEN=2048, but the model has 1024 positions"),
-        ({"TARGET_MODS": ["q_proj", "attn_out"]}, "TARGET_MODS: 'attn_out' matches no layer .* o_proj"),
-        ({"TARGET_MODS": ["lm_head"]}, "TARGET_MODS: 'lm_head'"),
     ],
 )
 def test_knobs_are_compared_with_the_model(base, changes, said):
     with pytest.raises(InputError, match=said):
         sft.check_model(base, knobs_for(base, **changes))
+
+
+def test_target_modules_must_be_linears_of_the_layers():
+    sft.check_targets(train_blockwise.TARGET_MODS)
+    for name in ("attn_out", "lm_head", "proj"):  # the hub's name, one that cannot be merged, a part of a name
+        with pytest.raises(InputError, match=f"TARGET_MODS: '{name}' matches no layer .* o_proj"):
+            sft.check_targets(["q_proj", name])
+
+
+def test_all_folders_of_a_run_have_the_same_suffix(tmp_path):
+    """Also when the run before left only logs, or only checkpoints: no two runs share a suffix."""
+    start = str(tmp_path / "out (1)" / "run")
+    assert sft.make_log_folder(start) == (tmp_path / "out (1)/run_logs", "")
+    (tmp_path / "out (1)/run_step0003-v2").mkdir()
+    (tmp_path / "out (1)/other_step0003-v3").mkdir()
+    assert sft.make_log_folder(start) == (tmp_path / "out (1)/run_logs-v3", "-v3")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        sft.make_log_folder(str(tmp_path / "file" / "run"))
 
 
 @pytest.mark.parametrize(
