@@ -1,12 +1,14 @@
-"""The command line of the scripts: constants as flags, and bad input as one sentence. Imports nothing heavy."""
+"""What the user gives: constants as flags, jsonl files, and bad input as one sentence. Imports nothing heavy."""
 
 import ast
 import difflib
+import json
 import math
 import os
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 
@@ -24,7 +26,7 @@ RANGES = {
     "LR": (1e-12, 1.0), "WARMUP_RATIO": (0.0, 1.0), "MIN_LR_RATIO": (0.0, 1.0), "WEIGHT_DECAY": (0.0, 1.0),
     "MAX_GRAD_NORM": (1e-12, math.inf),
     "MICRO_BSIZE": (1, math.inf), "GRAD_ACC": (1, math.inf),
-    "TOTAL_TRAIN_STEPS": (0, math.inf), "SAVE_EVERY": (0, math.inf),
+    "TOTAL_TRAIN_STEPS": (0, math.inf), "SAVE_EVERY": (0, math.inf), "SAMPLE_EVERY": (0, math.inf),
 }  # fmt: skip
 FLOATS = {name for name, (low, _) in RANGES.items() if isinstance(low, float)}
 
@@ -82,6 +84,26 @@ def check(name, value):
         raise InputError(f"{name}={value!r:.40} is out of range: it must be between {low} and {high}.")
 
 
+def read_jsonl(path):
+    """The objects of a jsonl file, as a list of (line number, dict). Raises InputError that names the line."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if not text.strip():
+        raise InputError(f"{path} has no rows.")
+    rows = []
+    for number, line in enumerate(text.rstrip().split("\n"), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number} is no JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number} is no JSON object.")
+        rows.append((number, row))
+    return rows
+
+
 def run(main):
     """Runs main(); an InputError ends the process with its sentence and exit code 1.
 
@@ -89,6 +111,8 @@ def run(main):
     """
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(10)

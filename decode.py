@@ -15,15 +15,16 @@ import llada
 from cli import InputError
 
 
-def load(name, dtype):
-    """Model, in evaluation mode and on the GPU if there is one, and tokenizer of a folder or hub id. Raises InputError.
+def load(name, dtype, device):
+    """Model, in evaluation mode, and tokenizer of a folder or hub id. Raises InputError.
 
     dtype: `float32`, `bfloat16`, or `auto`, which is the checkpoint's own on a GPU and float32 on a CPU (faster there).
     """
-    folder, gpu = llada.local_folder(name), torch.cuda.is_available()
+    folder = llada.local_folder(name)
     tokenizer = llada.load_tokenizer(folder)
-    dtype = ("auto" if gpu else torch.float32) if dtype == "auto" else getattr(torch, dtype)
-    model = llada.load_model(folder, dtype, "cuda" if gpu else "cpu").eval()
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"
+    model = llada.load_model(folder, dtype if dtype == "auto" else getattr(torch, dtype), device).eval()
     if model.config.mask_token_id is None:
         raise InputError(f"{folder}/config.json has no mask_token_id, which decoding starts from.")
     return model, tokenizer

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 import pt
-from cli import InputError, run
+from cli import InputError, read_jsonl, run
 from settings import add_flags, from_flags
 
 
@@ -24,11 +24,7 @@ def parse_args():
     parser.add_argument("--output", help="jsonl file to write, with --prompts; must not exist yet")
     add_flags(parser)
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument(
-        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="auto: float32 on CPUs"
-    )
     parser.add_argument("--raw", action="store_true", help="no chat template: continue the text as it is")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if bool(args.prompts) != bool(args.output) or args.batch_size < 1:
         parser.error("--prompts and --output belong together, and --batch_size must be at least 1")
@@ -45,8 +41,9 @@ def main():
     from tqdm import tqdm
 
     import decode
+    from place import Place
 
-    model, tokenizer = decode.load(args.model, args.dtype)
+    model, tokenizer = decode.load(args.model, args.dtype, Place.from_environment().device)
     ends, generator = decode.end_ids(model, tokenizer), torch.Generator(model.device).manual_seed(args.seed)
     prompts = [encode(tokenizer, text, args.raw) for text in texts]
     decode.make_canvas(model.config, prompts, settings.gen_length, "cpu")  # they fit, before the first is answered
@@ -62,20 +59,12 @@ def main():
 
 def read_prompts(path):
     """The prompts of a jsonl file. Raises InputError that names the line."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {path} cannot be read: {error}") from error
     prompts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            prompts.append(json.loads(line)["prompt"])
-        except (ValueError, TypeError, KeyError):
-            raise InputError(f'{path}, line {number}: not a row {{"prompt": text}}.') from None
-        if not isinstance(prompts[-1], str) or not prompts[-1].strip():
-            raise InputError(f"{path}, line {number}: the prompt is empty or not a text.")
-    if not prompts:
-        raise InputError(f"--prompts {path} has no rows.")
+    for number, row in read_jsonl(path):
+        prompt = row.get("prompt")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise InputError(f'{path}, line {number} is not a row {{"prompt": text}} with some text.')
+        prompts.append(prompt)
     return prompts
 
 
@@ -83,9 +72,9 @@ def encode(tokenizer, text, raw):
     """A prompt as ids: as the user's turn of a conversation, or raw."""
     if not text.strip():
         raise InputError("--prompt is empty.")
-    if not raw:
-        text = pt.render(tokenizer, [{"role": "user", "content": text}], ask=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    if raw:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return pt.prompt_ids(tokenizer, [{"role": "user", "content": text}])
 
 
 def write(rows, output):

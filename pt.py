@@ -68,8 +68,8 @@ def save(rows, output):
         raise InputError(f"--output {output} cannot be written: {error}") from error
 
 
-def load_rows(name, split, needs_type):
-    """The split of a hub dataset or of a local folder, with the columns query, response and perhaps type."""
+def load_split(name, split, config=None):
+    """A split of a hub dataset or of a local folder. Raises InputError."""
     from datasets import load_dataset
     from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 
@@ -78,10 +78,15 @@ def load_rows(name, split, needs_type):
     unloadable = (DatasetGenerationError, DatasetNotFoundError, DataFilesNotFoundError)
     unloadable += (ValueError, OSError, LookupError, StopIteration)  # also raised, for empty files and empty names
     try:
-        dataset = load_dataset(name, split=split)
+        return load_dataset(name, config, split=split)
     except unloadable as error:
         reason = llada.reason(error.__cause__ or error)
-        raise InputError(f"--dataset {name}, split {split!r}, cannot be loaded: {reason}") from error
+        raise InputError(f"dataset {name!r}, split {split!r}, cannot be loaded: {reason}") from error
+
+
+def load_rows(name, split, needs_type):
+    """The split of a hub dataset or of a local folder, with the columns query, response and perhaps type."""
+    dataset = load_split(name, split)
     for column in ["query", "response"] + ["type"] * needs_type:
         if column not in dataset.column_names:
             hint = ", which --filter_type needs (pass --filter_type '' to keep all rows)" if column == "type" else ""
@@ -140,6 +145,13 @@ def render(tokenizer, chats, ask):
         return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=ask)
     except TemplateError as error:
         raise InputError(f"the chat template of the tokenizer cannot be rendered: {error}") from error
+
+
+def prompt_ids(tokenizer, messages):
+    """The ids of a conversation that waits for the assistant's answer, by the chat template. Raises InputError."""
+    if not tokenizer.chat_template:
+        raise InputError("the tokenizer has no chat template.")
+    return tokenizer(render(tokenizer, messages, ask=True), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def tokenize(pairs, tokenizer, header):

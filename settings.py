@@ -35,12 +35,14 @@ class Settings:
 
 
 def add_flags(parser):
-    """Adds a flag for each setting to an argparse parser."""
+    """Adds a flag for each setting to an argparse parser, and those for numbers and random draws."""
     for field in fields(Settings):
         if field.type is bool:
             parser.add_argument(f"--{field.name}", action="store_true")
         else:
             parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="auto: float32 on CPU")
+    parser.add_argument("--seed", type=int, default=0, help="of temperature and random remasking")
 
 
 def from_flags(args):

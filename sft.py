@@ -38,12 +38,16 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+import decode
 import llada
 import masking
 import merge
 from cli import InputError
+from place import Place
+from settings import Settings
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # the pinned packages warn about each other
+SAMPLES = 4  # rows that SAMPLE_EVERY and the check of a checkpoint look at
 LINEARS = sorted(name.rpartition(".")[2] for name in llada.MODULES.values() if name.endswith("_proj"))
 
 
@@ -55,11 +59,15 @@ def train(knobs, turns, hide):
     Raises InputError before anything is trained or written if something in the knobs, the rows or the model is wrong,
     and during the training if the loss or the gradient is not finite.
     """
-    place = Place.from_launcher()
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
+        raise InputError(f"start this script with the launcher: deepspeed --num_gpus N {sys.argv[0]}")
+    place = Place.from_environment()
     check_targets(knobs.TARGET_MODS)
     data = read_pt(knobs.PT_FILE)  # before the base, which may be a large download
     base = llada.local_folder(knobs.MODEL)
-    rows = make_rows(data, knobs, check_model(base, knobs))
+    config = check_model(base, knobs)
+    rows = make_rows(data, knobs, config)
+    samples = Samples(base, config, rows, knobs) if knobs.SAMPLE_EVERY else None
     plan = schedule(turns(rows.length - rows.prompt_len), knobs.EPOCHS, knobs.SEED)  # (P, 2)
     steps = plan_steps(knobs, place, rows, plan)
     model = lora_model(base, knobs, place)
@@ -74,6 +82,8 @@ def train(knobs, turns, hide):
         tokens_per_second = global_batch(knobs, place) * knobs.MAX_LEN / (time.perf_counter() - began)
         log.row(step, loss, lr, grad_norm, supervised, tokens_per_second)
         bar.set_postfix(loss=f"{loss:.3f}")
+        if samples and step % knobs.SAMPLE_EVERY == 0 and place.rank == 0:  # the others wait in their next step
+            samples.write(model, log.folder, step)
         if step == steps or (knobs.SAVE_EVERY and step % knobs.SAVE_EVERY == 0):
             save_checkpoint(model, base, knobs, place, log, rows, step)
     log.close()
@@ -113,32 +123,7 @@ def stop_if_not_finite(value, what, step):
         raise InputError(f"the {what} of step {step} is {value}; nothing of it was saved. Try a lower LR.")
 
 
-# ---------------------------------------------------------------- ranks, random numbers, sizes
-
-
-@dataclass
-class Place:
-    """Where this process stands among all ranks, and its device."""
-
-    rank: int
-    world: int
-    local_rank: int  # on this machine
-    local_world: int
-    device: torch.device
-
-    @classmethod
-    def from_launcher(cls):
-        env = os.environ
-        if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= env.keys():
-            raise InputError(f"start this script with the launcher: deepspeed --num_gpus N {sys.argv[0]}")
-        local_rank, world = int(env["LOCAL_RANK"]), int(env["WORLD_SIZE"])
-        local_world = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world)  # torchrun's, deepspeed's name
-        get_accelerator().set_device(local_rank)
-        device = torch.device(get_accelerator().device_name(local_rank))
-        # ranks that share cores would wait for each other's threads
-        if device.type == "cpu" and "OMP_NUM_THREADS" not in env:
-            torch.set_num_threads(max(1, os.cpu_count() // local_world))
-        return cls(int(env["RANK"]), world, local_rank, local_world, device)
+# ---------------------------------------------------------------- random numbers, sizes
 
 
 def derive_seed(seed, *names):
@@ -473,9 +458,38 @@ def save_checkpoint(model, base, knobs, place, log, rows, step):
     dist.barrier()
 
 
+class Samples:
+    """What the model answers to the first prompts of the training rows, decoded exactly; see SAMPLE_EVERY."""
+
+    def __init__(self, base, config, rows, knobs):
+        """Raises InputError if the prompts cannot be answered: later it would end the training."""
+        self.tokenizer = llada.load_tokenizer(base)
+        self.prompts = [ids[:start].tolist() for ids, start in zip(rows.ids[:SAMPLES], rows.prompt_len)]
+        block_length = getattr(knobs, "BLOCK_SIZE", Settings.block_length)  # the baseline has no blocks
+        longest = int((rows.length - rows.prompt_len)[:SAMPLES].max())
+        gen_length = masking.num_blocks(longest, block_length) * block_length
+        self.settings = Settings(gen_length, block_length, steps=gen_length)
+        try:
+            decode.make_canvas(config, self.prompts, gen_length, "cpu")
+        except InputError as error:
+            raise InputError(f"SAMPLE_EVERY={knobs.SAMPLE_EVERY}: {error} Set it to 0.") from error
+
+    def write(self, model, folder, step):
+        """Adds them to samples.jsonl."""
+        model.eval()
+        ends = decode.end_ids(model, self.tokenizer)
+        answers, _ = decode.decode(model.get_base_model(), self.prompts, self.settings, ends)  # with the adapters
+        model.train()
+        with open(folder / "samples.jsonl", "a", encoding="utf-8") as file:
+            for prompt, answer in zip(self.prompts, answers.tolist()):
+                completion = decode.completion(self.tokenizer, answer, ends)
+                row = {"step": step, "prompt": self.tokenizer.decode(prompt), "completion": completion}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
 def gap_on_first_rows(model, base, folder, rows, mask_id):
     """merge.logit_gap on the first rows, seen as decoding first sees them: all of the answer hidden."""
-    ids, prompt_len, length = rows.ids[:4].long(), rows.prompt_len[:4], rows.length[:4]
+    ids, prompt_len, length = rows.ids[:SAMPLES].long(), rows.prompt_len[:SAMPLES], rows.length[:SAMPLES]
     whole = ids.shape[1]  # as the block size: one block, the answer
     _, answer, _ = masking.regions(prompt_len, length, torch.zeros_like(length), whole, whole)  # (B, L)
     model.eval()

@@ -38,6 +38,7 @@ GRAD_ACC = 1  # forward passes per optimizer step
 EPOCHS = 1  # in each epoch every sample is trained once
 TOTAL_TRAIN_STEPS = 0  # optimizer steps over the global batch; 0 = as many as EPOCHS gives
 SAVE_EVERY = 0  # optimizer steps between checkpoints; 0 = once, at the end
+SAMPLE_EVERY = 0  # steps between sample generations from a few training prompts, 0 = never
 SEED = 42
 BF16 = True  # False = fp32, for CPUs
 GRADIENT_CHECKPOINTING = False  # True: far less activation memory, at the price of one more forward pass

@@ -68,11 +68,11 @@ def test_completion_ends_where_the_answer_does(base, tokenizer):
     "lines, said",
     [
         ("", "has no rows"),
-        ('{"prompt": "a"}\n{"prompt": "b"\n', "line 2: not a row"),
-        ('{"text": "a"}\n', "line 1: not a row"),
-        ('{"prompt": ""}\n', "line 1: the prompt is empty"),
-        ('{"prompt": 3}\n', "line 1: the prompt is empty or not a text"),
-        ("[]\n", "line 1: not a row"),
+        ('{"prompt": "a"}\n{"prompt": "b"\n', "line 2 is no JSON"),
+        ('{"text": "a"}\n', "line 1 is not a row"),
+        ('{"prompt": ""}\n', "line 1 is not a row"),
+        ('{"prompt": 3}\n', "line 1 is not a row"),
+        ("[]\n", "line 1 is no JSON object"),
     ],
 )
 def test_a_bad_prompts_file_is_refused(base, tmp_path, call, lines, said):

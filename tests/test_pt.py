@@ -594,7 +594,7 @@ def test_dataset_that_does_not_exist(call, base, tmp_path, name):
     (tmp_path / "out").mkdir()
     output = tmp_path / "out" / "rows.pt"
     flags = ("--model", base, "--dataset", name, "--output", output)
-    check_refusal(call, output, flags, ["--dataset", name])
+    check_refusal(call, output, flags, ["dataset", name])
 
 
 @pytest.mark.parametrize("name", ["/no/such/model", "no/such/model/here"])

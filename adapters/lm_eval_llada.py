@@ -1,0 +1,132 @@
+"""LLaDA checkpoints in lm-evaluation-harness, as the model type `llada`: its command line with that model added.
+
+    pip install -r requirements-lm-eval.txt
+    python adapters/lm_eval_llada.py run --model llada --model_args pretrained=FOLDER,gen_length=256,block_length=32 \
+        --tasks gsm8k --apply_chat_template --batch_size 16
+
+Model arguments are those of `LLaDA` below: besides `pretrained`, `dtype`, `mc_samples` and `seed`, any of settings.py.
+They decide how answers are decoded; `max_gen_toks` and `temperature` of a task do not.
+"""
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).parent.parent))  # last: tasks mean Hugging Face's `evaluate`, not this repository's
+
+import decode  # noqa: E402
+from cli import InputError, run  # noqa: E402
+from place import Place  # noqa: E402
+from settings import Settings  # noqa: E402
+
+
+@register_model("llada")
+class LLaDA(TemplateLM):
+    """Answers by block-by-block decoding; likelihoods by Monte Carlo, as LLaDA's paper has them (2502.09992, eq. 6)."""
+
+    def __init__(
+        self, pretrained, dtype="auto", mc_samples=128, seed=0, batch_size=1, max_batch_size=None, device=None,
+        **settings,
+    ):  # fmt: skip
+        super().__init__()
+        unknown = settings.keys() - {field.name for field in fields(Settings)}
+        if unknown or not str(batch_size).isdigit():
+            what = f"model_args {', '.join(sorted(unknown))}" if unknown else f"batch_size {batch_size}"
+            raise InputError(
+                f"{what}: model type llada does not know that; see settings.py, and give a number of rows."
+            )
+        self.settings, self.batch_size, self.mc_samples = Settings(**settings), int(batch_size), int(mc_samples)
+        self._device = torch.device(device) if device else Place.from_environment().device
+        self.model, self.tokenizer = decode.load(pretrained, dtype, self._device)
+        self.pretrained, self.ends = str(pretrained), decode.end_ids(self.model, self.tokenizer)
+        self.generator = torch.Generator(self._device).manual_seed(int(seed))
+
+    @property
+    def eot_token_id(self):
+        return self.model.config.eos_token_id
+
+    @property
+    def prefix_token_id(self):
+        """What stands in front of a text without context."""
+        first = self.tokenizer.bos_token_id
+        return self.eot_token_id if first is None else first
+
+    @property
+    def tokenizer_name(self):
+        return self.pretrained.replace("/", "__")
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        return self.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def tok_encode(self, string, add_special_tokens=None, **kwargs):
+        return self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def generate_until(self, requests, disable_tqdm=False):
+        """The answers, each up to its end token or the first of the task's `until` texts."""
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        answers = [None] * len(prompts)
+        bar = tqdm(total=len(prompts), desc="answering", disable=disable_tqdm)
+        for start in range(0, len(order), self.batch_size):
+            some = order[start : start + self.batch_size]
+            ids, _ = decode.decode(self.model, [prompts[i] for i in some], self.settings, self.ends, self.generator)
+            for i, row in zip(some, ids.tolist()):
+                text, until = decode.completion(self.tokenizer, row, self.ends), requests[i].args[1].get("until", [])
+                for stop in [until] if isinstance(until, str) else until:
+                    text = text.split(stop)[0] if stop else text
+                answers[i] = text
+                self.cache_hook.add_partial("generate_until", requests[i].args, text)
+            bar.update(len(some))
+        bar.close()
+        return answers
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
+        """(log-likelihood, whether decoding gives it) of continuations behind their contexts."""
+        results = []
+        for texts, context, continuation in tqdm(requests, desc="likelihoods", disable=disable_tqdm):
+            length = len(continuation)
+            greedy, _ = decode.decode(self.model, [context], Settings(length, length, length))
+            result = self.log_likelihood(context, continuation), greedy[0].tolist() == continuation
+            results.append(result)
+            self.cache_hook.add_partial("loglikelihood", texts, result)
+        return results
+
+    @torch.no_grad()
+    def log_likelihood(self, context, continuation):
+        """The bound on log p(continuation | context) from mc_samples masked copies. Two lists of ids -> float.
+
+        A copy has l of the L tokens masked, l uniform on 1..L, and counts L / l times the log-probability of those.
+        The l are spread evenly over 1..L from a random start: each is still uniform, but their mean varies less.
+        """
+        ids = torch.tensor([context + continuation], device=self.device)
+        length, device = len(continuation), self.device
+        start = torch.rand(1, generator=self.generator, device=device)
+        share = (start + torch.arange(self.mc_samples, device=device) / self.mc_samples) % 1
+        number = 1 + (share * length).long().clamp(max=length - 1)  # (M,), M = mc_samples
+        noise = torch.rand(self.mc_samples, length, generator=self.generator, device=device)
+        hidden = F.pad(noise.argsort(dim=1).argsort(dim=1) < number[:, None], (len(context), 0))  # (M, L)
+        total = 0.0
+        for hide, some in zip(hidden.split(self.batch_size), number.split(self.batch_size)):
+            copies = ids.expand(len(hide), -1)
+            logits = self.model(
+                input_ids=copies.masked_fill(hide, self.model.config.mask_token_id), logits_to_keep=hide
+            ).logits.float()  # (n, V)
+            weights = (length / some)[:, None].expand_as(hide)[hide]  # (n,)
+            total -= (weights * F.cross_entropy(logits, copies[hide], reduction="none")).sum().item()
+        return total / self.mc_samples
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        raise NotImplementedError("perplexity of whole texts is not defined for a masked diffusion model here")
+
+
+if __name__ == "__main__":
+    run(cli_evaluate)

@@ -1,0 +1,114 @@
+"""A conversation with a LLaDA checkpoint: every token appears where it is written, block by block.
+
+    python chat.py --model ckpts_stagewise_sft_32_step0025
+
+Ctrl-C stops an answer; at the prompt it ends the conversation. Without a terminal, as in
+`echo "What is 3 + 4?" | python chat.py --model FOLDER`, every line is a turn, and answers are printed a block a line.
+"""
+
+import argparse
+import sys
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+import pt
+from cli import InputError, run
+from settings import add_flags, from_flags
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a checkpoint, or hub id")
+    add_flags(parser)
+    args = parser.parse_args()
+    settings = from_flags(args)
+    import torch  # only now: a typing error is reported without waiting for it
+
+    import decode
+    from place import Place
+
+    model, tokenizer = decode.load(args.model, args.dtype, Place.from_environment().device)
+    ends, generator = decode.end_ids(model, tokenizer), torch.Generator(model.device).manual_seed(args.seed)
+    show, messages = show_live if sys.stdout.isatty() else show_blocks, []
+    while question := ask():
+        try:
+            messages, prompt = fit([*messages, {"role": "user", "content": question}], model, tokenizer, settings)
+        except InputError as error:
+            print(error)
+            continue
+        answers = (ids[0].tolist() for ids, _ in decode.stream(model, [prompt], settings, ends, generator))
+        ids = show(answers, tokenizer, model.config.mask_token_id, ends, settings.block_length)
+        messages.append({"role": "assistant", "content": decode.completion(tokenizer, ids, ends)})
+
+
+def ask():
+    """The user's next turn; None at the end of the input, and after Ctrl-C."""
+    prompt = "\n> " if sys.stdin.isatty() else ""
+    try:
+        while not (line := input(prompt).strip()):
+            pass
+        return line
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def fit(messages, model, tokenizer, settings):
+    """The conversation and its ids; the oldest turns go if it is too long. Raises InputError if the last one is."""
+    import decode
+
+    while True:
+        prompt = pt.prompt_ids(tokenizer, messages)
+        try:
+            decode.make_canvas(model.config, [prompt], settings.gen_length, "cpu")
+            return messages, prompt
+        except InputError:
+            if len(messages) == 1:
+                raise
+            messages = messages[2:]
+            print("(The conversation is too long for the model; its oldest turn is left out.)")
+
+
+def show_live(answers, tokenizer, mask_id, ends, block_length):
+    """Draws an answer again after each step, until it is complete or Ctrl-C. Returns the ids that were written."""
+    ids = []
+    with Live(console=Console(highlight=False), auto_refresh=False, vertical_overflow="visible") as live:
+        try:
+            for ids in answers:
+                live.update(drawing(ids, tokenizer, mask_id, ends, block_length), refresh=True)
+        except KeyboardInterrupt:
+            live.update(drawing(ids, tokenizer, mask_id, ends, block_length).append(" (stopped)", "dim"), refresh=True)
+    return [token for token in ids if token != mask_id]
+
+
+def drawing(ids, tokenizer, mask_id, ends, block_length):
+    """An unfinished answer as a text: what is written, with a dot for each mask up to the end of its block."""
+    masks = [i for i, token in enumerate(ids) if token == mask_id]
+    stop = (masks[0] // block_length + 1) * block_length if masks else len(ids)
+    text, run = Text(), []
+    for token in ids[:stop]:
+        if token in ends and not masks:
+            break
+        if token == mask_id:
+            text.append(tokenizer.decode(run, skip_special_tokens=True)).append("·", "dim")
+            run = []
+        else:
+            run.append(token)
+    return text.append(tokenizer.decode(run, skip_special_tokens=True))
+
+
+def show_blocks(answers, tokenizer, mask_id, ends, block_length):
+    """Prints each block of an answer as soon as it is complete, up to the end. Returns the ids of the answer."""
+    shown = 0
+    for ids in answers:
+        while shown < len(ids) and mask_id not in (block := ids[shown : shown + block_length]):
+            if not any(token in ends for token in ids[:shown]):
+                text = tokenizer.decode(block, skip_special_tokens=True).replace("\n", "⏎")
+                print(f"block {shown // block_length + 1}  {text}", flush=True)
+            shown += block_length
+    return ids
+
+
+if __name__ == "__main__":
+    run(main)

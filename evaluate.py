@@ -1,0 +1,290 @@
+"""Pass@1 on math problems, decoding block by block: of one checkpoint, or of two on the same problems.
+
+    python evaluate.py --model ckpts_stagewise_sft_32_step0025 --task gsm8k
+    python evaluate.py --compare GSAI-ML/LLaDA-8B-Instruct ckpts_stagewise_sft_32_step0025 --task math500
+    deepspeed --num_gpus 8 evaluate.py --model FOLDER --task gsm8k
+
+Problems get the prompt and chat template of training (pt.py). {output}/{model}-{task}/answers.jsonl has a line for each
+problem; the same command again continues an interrupted run, or, once it is complete, only prints its figures.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import pt
+from cli import InputError, read_jsonl, run
+from settings import add_flags, from_flags
+
+
+@dataclass
+class Task:
+    """Where the problems of a benchmark are on the hub; scoring.py says when an answer is right."""
+
+    dataset: str
+    config: str
+    split: str
+    rule: str  # a function of scoring.py: (completion, gold) -> bool
+
+
+TASKS = {
+    "gsm8k": Task("openai/gsm8k", "main", "test", "same_number"),
+    "math500": Task("HuggingFaceH4/MATH-500", "default", "test", "same_math"),
+}
+QUESTION, GOLD = ("question", "problem", "query"), ("answer", "response")  # names of GSM8K, MATH-500, MetaMathQA
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="folder of a checkpoint, or hub id")
+    what.add_argument("--compare", nargs=2, metavar=("BASE", "TUNED"), help="two of them, and a paired test")
+    parser.add_argument("--task", choices=TASKS, default="gsm8k", help="what is asked, and when an answer is right")
+    parser.add_argument("--data", help=f"jsonl file in place of the hub's: {'/'.join(QUESTION)} and {'/'.join(GOLD)}")
+    parser.add_argument("--limit", type=int, default=0, help="only so many problems, from the first; 0 = all")
+    parser.add_argument("--output", default="results", help="folder of the results")
+    add_flags(parser)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
+    args = parser.parse_args()
+    if args.batch_size < 1 or args.limit < 0:
+        parser.error("--batch_size must be at least 1 and --limit at least 0")
+    return args
+
+
+def main():
+    args = parse_args()
+    settings = from_flags(args)
+    problems = load_problems(args)
+    import torch.distributed as dist  # only now: a typing error is reported without waiting for it
+
+    from place import Place
+
+    place = Place.from_environment()
+    if place.world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may have many more problems to answer
+    names = args.compare or [args.model]
+    prompts = [encode(name, problems, settings) for name in names]  # also of the second, before the first is run
+    answers = [evaluate(name, ids, problems, args, settings, place) for name, ids in zip(names, prompts)]
+    if place.rank == 0:
+        report(names, answers, args, settings)
+    if place.world > 1:
+        dist.destroy_process_group()
+
+
+def load_problems(args):
+    """The problems, a list of {"question", "gold"}. Raises InputError that names a bad row."""
+    import scoring
+
+    task = TASKS[args.task]
+    if args.data:
+        rows = [(f"{args.data}, line {number}", row) for number, row in read_jsonl(args.data)]
+    else:
+        dataset = pt.load_split(task.dataset, task.split, task.config)
+        rows = [(f"{task.dataset}, row {number}", row) for number, row in enumerate(dataset)]
+    problems = []
+    for where, row in rows[: args.limit or None]:
+        texts = [next((row[name] for name in names if name in row), None) for names in (QUESTION, GOLD)]
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise InputError(f"{where} needs a text as {' or '.join(QUESTION)}, and one as {' or '.join(GOLD)}.")
+        if task.rule == "same_number" and scoring.number(texts[1]) is None:
+            raise InputError(f"{where} has no number in its answer; is it a problem of --task {args.task}?")
+        problems.append({"question": texts[0], "gold": texts[1]})
+    return problems
+
+
+def encode(name, problems, settings):
+    """Checks a model without loading it. Returns the problems as prompts, lists of ids. Raises InputError."""
+    import decode
+    import llada
+
+    folder = llada.local_folder(name)
+    config = llada.load_config(folder)
+    llada.check_tensors(folder, config)
+    tokenizer = llada.load_tokenizer(folder)
+    prompts = [pt.prompt_ids(tokenizer, [pt.user_turn(problem["question"])]) for problem in problems]
+    decode.make_canvas(config, prompts, settings.gen_length, "cpu")
+    return prompts
+
+
+def evaluate(name, prompts, problems, args, settings, place):
+    """Answers the problems that have no answer yet, shared out to the ranks. Returns all answers, by problem.
+
+    The batches are the same whatever was answered before and on however many ranks: so are the answers.
+    """
+    order = sorted(range(len(problems)), key=lambda i: -len(prompts[i]))  # similar lengths together, longest first
+    batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
+    folder = Path(args.output) / f"{Path(name).name}-{args.task}"
+    if place.rank == 0:
+        prepare(folder, description(name, problems, args, settings))
+        collect(folder, batches)
+    wait(place)
+    done = read_answers(folder)
+    todo = [k for k, batch in enumerate(batches) if not done.keys() >= set(batch)]
+    if todo:
+        answer(name, problems, prompts, batches, todo[place.rank :: place.world], folder, args, settings, place)
+    wait(place)
+    if place.rank == 0:
+        collect(folder, batches)
+    wait(place)
+    answers = read_answers(folder)
+    return [answers[i] for i in range(len(problems))]
+
+
+def answer(name, problems, prompts, batches, todo, folder, args, settings, place):
+    """Answers the batches `todo` and appends a line for each problem to this rank's file, batch by batch."""
+    import torch
+    from tqdm import tqdm
+
+    import decode
+    import scoring
+
+    model, tokenizer = decode.load(name, args.dtype, place.device)
+    ends, right = decode.end_ids(model, tokenizer), getattr(scoring, TASKS[args.task].rule)
+    share = sum(len(batches[k]) for k in todo)
+    bar = tqdm(total=share, desc=Path(name).name, unit="problem", disable=place.rank != 0)
+    for k in todo:
+        batch = batches[k]
+        generator = torch.Generator(place.device).manual_seed(random.Random(f"{args.seed} {k}").getrandbits(63))
+        began = time.perf_counter()
+        ids, rows = decode.decode(model, [prompts[i] for i in batch], settings, ends, generator)
+        ids = ids.tolist()
+        cost = {"forwards": rows / len(batch), "seconds": (time.perf_counter() - began) / len(batch)}
+        lines = []
+        for i, answer in zip(batch, ids):
+            length = next((n for n, token in enumerate(answer, start=1) if token in ends), len(answer))
+            text = decode.completion(tokenizer, answer, ends)
+            correct = right(text, problems[i]["gold"])
+            lines.append(
+                {"problem": i, **problems[i], "completion": text, "correct": correct, "tokens": length, **cost}
+            )
+        append(folder / f"answers.rank{place.rank}.jsonl", lines)
+        bar.update(len(batch))
+    bar.close()
+
+
+def wait(place):
+    """Waits for all ranks."""
+    if place.world > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+# ---------------------------------------------------------------- the folder of results
+
+
+def description(name, problems, args, settings):
+    """What the answers depend on, for settings.json: only a run with the same can continue."""
+    import llada
+
+    files = llada.weight_files(llada.local_folder(name))
+    weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    digest = hashlib.sha256(json.dumps(problems).encode()).hexdigest()
+    more = {key: getattr(args, key) for key in ("task", "batch_size", "dtype", "seed")}
+    return {"model": name, "weights": weights, "problems": len(problems), "sha256": digest} | more | asdict(settings)
+
+
+def prepare(folder, wanted):
+    """Makes the folder of results, or makes sure that it holds those of the same run. Raises InputError."""
+    path = folder / "settings.json"
+    if not path.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            replace(path, json.dumps(wanted, indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"--output {folder} cannot be written: {error.strerror}.") from error
+        return
+    try:
+        there = json.loads(path.read_text())
+        different = [key for key in wanted if there.get(key) != wanted[key]]
+    except (ValueError, AttributeError):
+        raise InputError(f"{path} is damaged; remove {folder}, or name another --output.") from None
+    if different:
+        key = different[0]
+        raise InputError(
+            f"{folder} holds the results of another run: {key} was {there.get(key)!r}, now it is {wanted[key]!r}. "
+            f"Name another --output, or remove that folder."
+        )
+
+
+def append(path, rows):
+    """Adds lines to a jsonl file; they are on the disk when this returns."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace(path, text):
+    """Writes a file that is whole or as it was before."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def read_answers(folder):
+    """All lines of the folder's answers, {problem: line}. The unfinished last line of a file does not count."""
+    answers = {}
+    for path in sorted(folder.glob("answers*.jsonl")):
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+            try:
+                row = json.loads(line)
+                answers[row["problem"]] = row
+            except (ValueError, TypeError, KeyError):
+                raise InputError(f"{path} is damaged at {line[:60]!r}; remove that line, or the folder.") from None
+    return answers
+
+
+def collect(folder, batches):
+    """Brings the lines of all ranks together in answers.jsonl, in the order of the problems; half batches go."""
+    answers = read_answers(folder)
+    whole = sorted(i for batch in batches if answers.keys() >= set(batch) for i in batch)
+    replace(folder / "answers.jsonl", "".join(json.dumps(answers[i], ensure_ascii=False) + "\n" for i in whole))
+    for path in folder.glob("answers.rank*.jsonl"):
+        path.unlink()
+
+
+# ---------------------------------------------------------------- the report
+
+
+def figures(answers):
+    """Share of right answers, its 95 % interval, tokens per second and rank, forward passes per token."""
+    import scoring
+
+    right, tokens = sum(row["correct"] for row in answers), sum(row["tokens"] for row in answers)
+    seconds, forwards = sum(row["seconds"] for row in answers), sum(row["forwards"] for row in answers)
+    return right / len(answers), scoring.wilson(right, len(answers)), tokens / seconds, forwards / tokens
+
+
+def report(names, answers, args, settings):
+    """Prints a line for each model, the settings, and for two models the paired test."""
+    import scoring
+
+    width = max(map(len, names))
+    print(f"\n{'':{width}}  problems  Pass@1   95 % interval  tokens/s  forwards/token")
+    for name, rows in zip(names, answers):
+        share, (low, high), speed, forwards = figures(rows)
+        interval = f"{low:.1%} - {high:.1%}"
+        print(f"{name:{width}}  {len(rows):>8,}{share:>8.1%}{interval:>16}{speed:>10,.0f}{forwards:>16.2f}")
+    print(f"\n{args.task}, {', '.join(f'{key} {value}' for key, value in asdict(settings).items())},")
+    print(f"batch_size {args.batch_size}, dtype {args.dtype}, seed {args.seed}.")
+    print("Tokens are those of the answers, up to the one that ends them; tokens/s are per rank.")
+    if len(names) == 2:
+        base, tuned = ([row["correct"] for row in rows] for rows in answers)
+        gained, lost, (low, high), p = scoring.paired(base, tuned)
+        points = 100 * (gained - lost) / len(base)
+        print(
+            f"Tuned - base: {points:+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f}); only the tuned "
+            f"model solves {gained}, only the base {lost}; McNemar's exact test: p = {p:.2g}."
+        )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,108 @@
+"""chat.py: in a real terminal, through a pipe, and what it draws."""
+
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+
+import torch
+from conftest import ROOT, run
+
+import chat
+import decode
+import llada
+import pt
+from settings import Settings
+
+MASK, ENDS = 4, [1, 7]
+LONG = ("--gen_length", "512", "--block_length", "32", "--steps", "512")
+
+
+class Terminal:
+    """chat.py in a pseudo-terminal."""
+
+    def __init__(self, *flags):
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "chat.py"), *map(str, flags)], stdin=slave, stdout=slave, stderr=slave,
+            start_new_session=True, env=os.environ | {"TERM": "xterm"},
+        )  # fmt: skip
+        os.close(slave)
+
+    def wait_for(self, text, seconds=60):
+        """Reads until the text has appeared."""
+        seen, end = "", time.time() + seconds
+        while text not in seen:
+            assert time.time() < end, f"no {text!r} in {seen!r}"
+            if select.select([self.master], [], [], 0.1)[0]:
+                seen += os.read(self.master, 65536).decode(errors="replace")
+        return seen
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+
+def test_ctrl_c_stops_an_answer_and_then_the_conversation(base):
+    terminal = Terminal("--model", base, *LONG)
+    terminal.wait_for("> ")
+    terminal.type("Ada has 3 pens.\n")
+    terminal.wait_for("·")  # masks that are not written yet
+    terminal.process.send_signal(2)
+    terminal.wait_for("(stopped)")
+    terminal.wait_for("> ")
+    time.sleep(1)  # until it waits for the line
+    terminal.process.send_signal(2)
+    assert terminal.process.wait(timeout=30) == 0
+
+
+def test_lines_of_a_pipe_are_turns_and_answers_come_block_by_block(base, tokenizer, tmp_path):
+    flags = ("--gen_length", "24", "--block_length", "8", "--steps", "24")
+    command = [sys.executable, str(ROOT / "chat.py"), "--model", str(base), *flags]
+    done = subprocess.run(command, input="Ada has 3 pens.\n\nAnd now?\n", capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    model, messages, wanted = llada.load_model(base, torch.float32).eval(), [], []
+    for text in ("Ada has 3 pens.", "And now?"):
+        messages.append({"role": "user", "content": text})
+        ids, _ = decode.decode(model, [pt.prompt_ids(tokenizer, messages)], Settings(24, 8, 24))
+        messages.append({"role": "assistant", "content": decode.completion(tokenizer, ids[0].tolist(), ENDS)})
+        for block in range(3):
+            if not any(token in ENDS for token in ids[0, : block * 8].tolist()):
+                part = tokenizer.decode(ids[0, block * 8 : block * 8 + 8], skip_special_tokens=True)
+                wanted.append(f"block {block + 1}  " + part.replace("\n", "⏎"))
+    assert done.stdout == "".join(line + "\n" for line in wanted)
+
+
+def test_drawing_shows_what_is_written_and_the_masks_of_its_block(tokenizer):
+    a, b, c = tokenizer("3 + 4")["input_ids"][:3]
+    assert chat.drawing([MASK] * 8, tokenizer, MASK, ENDS, 4).plain == "····"
+    assert (
+        chat.drawing([a, MASK, c, MASK, *[MASK] * 4], tokenizer, MASK, ENDS, 4).plain
+        == "3· +·"[:2] + tokenizer.decode([c]) + "·"
+    )
+    assert (
+        chat.drawing([a, b, c, MASK, *[MASK] * 4], tokenizer, MASK, ENDS, 4).plain == tokenizer.decode([a, b, c]) + "·"
+    )
+    done = [a, b, c, 7, 1, 1, a, 1]
+    assert chat.drawing(done, tokenizer, MASK, ENDS, 4).plain == tokenizer.decode([a, b, c])
+
+
+def test_a_long_conversation_loses_its_oldest_turns_only(base, tokenizer, capsys):
+    model = llada.load_model(base, torch.float32)
+    turn = [{"role": "user", "content": "pens " * 30}, {"role": "assistant", "content": "shells " * 30}]
+    conversation = [*turn * 3, {"role": "user", "content": "And now?"}]
+    messages, ids = chat.fit(conversation, model, tokenizer, Settings(512, 32, 512))
+    assert messages == conversation[-len(messages) :] and 1 < len(messages) < 7 and len(messages) % 2
+    assert ids == pt.prompt_ids(tokenizer, messages) and len(ids) + 512 <= 1024
+    longer = pt.prompt_ids(tokenizer, conversation[-len(messages) - 2 :])
+    assert len(longer) + 512 > 1024 and "too long" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_sentence(base, tmp_path):
+    for flags, said in (
+        (("--model", base, "--steps", 100), "steps 100 is not a multiple"),
+        (("--model", tmp_path), "no tokenizer can be loaded"),
+    ):
+        done = run("chat.py", *flags)
+        assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr

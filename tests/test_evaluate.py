@@ -1,0 +1,194 @@
+"""evaluate.py: real runs on the tiny checkpoint, interrupted ones too, on 1 and 2 ranks."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, launch, problems, run
+
+import cli
+import decode
+import evaluate
+import llada
+import pt
+from settings import Settings
+
+SHORT = ("--gen_length", 16, "--block_length", 8, "--steps", 8, "--batch_size", 4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """22 problems, a number that no batch size divides."""
+    file = tmp_path_factory.mktemp("problems") / "heldout.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in problems(22, 5)))
+    return file
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(*flags) -> exit code, stdout, stderr of evaluate.py, run in this process."""
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
+        code = 0
+        try:
+            cli.run(evaluate.main)
+        except SystemExit as error:
+            code = 1 if isinstance(error.code, str) else error.code
+            print(error.code, file=sys.stderr)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def answers(folder):
+    """The lines of answers.jsonl without what differs from run to run: the time."""
+    assert [file.name for file in folder.glob("answers*")] == ["answers.jsonl"]
+    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(base, data, tmp_path_factory):
+    """The results of a run that nothing interrupts, as a folder, and what it printed."""
+    output = tmp_path_factory.mktemp("whole")
+    done = run("evaluate.py", "--model", base, "--data", data, "--output", output, *SHORT)
+    assert done.returncode == 0, done.stderr
+    return output / f"{base.name}-gsm8k", done.stdout
+
+
+def test_each_line_is_what_decoding_gives(whole, base, tokenizer):
+    rows, model = answers(whole[0]), llada.load_model(base, torch.float32).eval()
+    assert [row["problem"] for row in rows] == list(range(22))
+    for row, problem in zip(rows, problems(22, 5)):
+        assert (row["question"], row["gold"]) == (problem["query"], problem["response"])
+        turn = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n" + pt.INSTRUCTION
+        turn = turn.format(query=problem["query"]) + "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        ids, rows_run = decode.decode(model, [tokenizer(turn)["input_ids"]], Settings(16, 8, 8))
+        ids = ids[0].tolist()
+        end = min([i for i, token in enumerate(ids) if token in (1, 7)], default=None)
+        assert row["completion"] == tokenizer.decode(ids[:end], skip_special_tokens=True)
+        assert row["tokens"] == (16 if end is None else end + 1) and row["forwards"] == rows_run == 8
+        assert row["correct"] is False  # a random model
+
+
+def test_the_report_counts(whole, tmp_path, base, data, call):
+    """On answers of which the test makes some right by hand, in both of two folders."""
+    for name, right in (("a", {0, 1, 2}), ("b", {2, 3, 4, 5, 6, 7})):
+        (tmp_path / name).symlink_to(base)
+        args = ("--model", tmp_path / name, "--data", data, "--output", tmp_path / "out", *SHORT)
+        assert call(*args)[0] == 0
+        rows = answers(tmp_path / f"out/{name}-gsm8k")
+        rows = [row | {"correct": row["problem"] in right, "tokens": 4, "seconds": 0.5} for row in rows]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"out/{name}-gsm8k/answers.jsonl").write_text(text)
+    models = ("--compare", tmp_path / "a", tmp_path / "b")
+    code, out, _ = call(*models, "--data", data, "--output", tmp_path / "out", *SHORT)
+    lines = out.splitlines()
+    assert code == 0 and lines[2].split()[1:] == ["22", "13.6%", "4.7%", "-", "33.3%", "8", "2.00"]
+    assert lines[3].split()[1:3] == ["22", "27.3%"]
+    assert "gen_length 16, block_length 8, steps 8, temperature 0.0, remasking low_confidence" in out
+    assert "+13.6 points" in out and "tuned model solves 5, only the base 2" in " ".join(lines) and "p = 0.45" in out
+
+
+def test_a_killed_run_continues_with_the_same_result(whole, base, data, tmp_path):
+    flags = ("--model", base, "--data", data, "--output", tmp_path, *SHORT)
+    command = [sys.executable, str(ROOT / "evaluate.py"), *map(str, flags)]
+    folder, began = tmp_path / f"{base.name}-gsm8k", time.time()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (folder / "answers.rank0.jsonl").exists() and time.time() < began + 100:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    lines = (folder / "answers.rank0.jsonl").read_text().splitlines()
+    assert 4 <= len(lines) < 22, "killed too early or too late for this test"
+    with open(folder / "answers.rank0.jsonl", "a") as file:
+        file.write('{"problem": 3, "completion": "half a li')  # as if it had been killed while writing
+    done = run("evaluate.py", *flags)
+    assert done.returncode == 0 and answers(folder) == answers(whole[0])
+    kept = {json.loads(line)["problem"]: line for line in lines}
+    final = {json.loads(line)["problem"]: line for line in (folder / "answers.jsonl").read_text().splitlines()}
+    assert all(final[i] == line for i, line in kept.items()), "finished batches were answered again"
+    stamp = (folder / "answers.jsonl").stat().st_size
+    again = run("evaluate.py", *flags)
+    assert again.stdout == done.stdout and (folder / "answers.jsonl").stat().st_size == stamp
+
+
+def test_half_a_batch_is_answered_again(whole, base, data, tmp_path, call):
+    flags = ("--model", base, "--data", data, "--output", tmp_path, *SHORT, "--temperature", 0.7)
+    assert call(*flags)[0] == 0
+    folder = tmp_path / f"{base.name}-gsm8k"
+    wanted, lines = answers(folder), (folder / "answers.jsonl").read_text().splitlines(keepends=True)
+    assert wanted != answers(whole[0])
+    (folder / "answers.jsonl").write_text("".join(lines[:10]))
+    assert call(*flags)[0] == 0 and answers(folder) == wanted, "random draws must not depend on the interruption"
+
+
+def test_two_ranks_share_the_problems_and_give_the_same(whole, base, data, tmp_path):
+    done = launch(2, "evaluate.py", "--model", base, "--data", data, "--output", tmp_path, *SHORT, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert answers(tmp_path / f"{base.name}-gsm8k") == answers(whole[0])
+    assert done.stdout.count("Pass@1") == 1
+
+
+def test_math_and_a_limit(base, tmp_path, call):
+    rows = [{"problem": f"What is {i} + 1?", "answer": f"\\frac{{{i + 1}}}{{1}}"} for i in range(5)]
+    (tmp_path / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--model", base, "--data", tmp_path / "math.jsonl", "--task", "math500", "--limit", 3)
+    code, out, err = call(*flags, "--output", tmp_path, *SHORT)
+    assert code == 0, err
+    assert len(answers(tmp_path / f"{base.name}-math500")) == 3 and "math500, gen_length 16" in out
+
+
+def test_another_run_is_not_mixed_in(whole, base, data, tmp_path, call):
+    flags = ("--model", base, "--data", data, "--output", whole[0].parent)
+    before = {file: file.read_bytes() for file in whole[0].iterdir()}
+    for more, said in (
+        (("--gen_length", 16, "--block_length", 8, "--steps", 16, "--batch_size", 4), "steps was 8, now it is 16"),
+        ((*SHORT, "--limit", 20), "problems was 22, now it is 20"),
+        ((*SHORT, "--seed", 1), "seed was 0, now it is 1"),
+    ):
+        code, _, err = call(*flags, *more)
+        assert code == 1 and said in err and "Name another --output" in err, err
+    assert {file: file.read_bytes() for file in whole[0].iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "lines, said",
+    [
+        ("", "has no rows"),
+        ('{"question": "a", "answer": "1"}\n{"question": ', "line 2 is no JSON"),
+        ("[1]\n", "line 1 is no JSON object"),
+        ('{"question": "a"}\n', "line 1 needs a text as question or problem or query"),
+        ('{"question": " ", "answer": "1"}\n', "line 1 needs a text"),
+        ('{"question": "a", "answer": 1}\n', "line 1 needs a text"),
+        ('{"question": "a", "answer": "one"}\n', "line 1 has no number in its answer"),
+        ('{"question": "%s", "answer": "1"}\n' % ("a b " * 2000), "are more than the model's 1024 positions"),
+    ],
+)
+def test_bad_problems_are_refused(base, tmp_path, call, lines, said):
+    (tmp_path / "bad.jsonl").write_text(lines)
+    code, _, err = call("--model", base, "--data", tmp_path / "bad.jsonl", "--output", tmp_path / "out", *SHORT)
+    assert code == 1 and said in err and len(err.strip().splitlines()[-1]) < 400, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_bad_input_is_refused(base, data, tmp_path, call):
+    flags = ("--data", data, "--output", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    for more, said in (
+        (("--model", tmp_path / "missing"), "is not a local folder"),
+        (("--model", tmp_path / "empty"), "empty"),
+        (("--model", base, "--gen_length", 30), "gen_length 30 is not a multiple of block_length 32"),
+        (("--compare", base, tmp_path / "missing"), "missing is not a local folder"),
+    ):
+        code, _, err = call(*flags, *more)
+        assert code == 1 and said in err, (more, err)
+    (tmp_path / "file").write_text("")
+    code, _, err = call("--model", base, "--data", data, "--output", tmp_path / "file", *SHORT)
+    assert code == 1 and "cannot be written" in err
+    assert not (tmp_path / "out").exists()
