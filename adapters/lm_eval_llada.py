@@ -43,7 +43,9 @@ class LLaDA(TemplateLM):
                 f"{what}: model type llada does not know that; see settings.py, and give a number of rows."
             )
         self.settings, self.batch_size, self.mc_samples = Settings(**settings), int(batch_size), int(mc_samples)
-        self._device = torch.device(device) if device else Place.from_environment().device
+        self._device = Place.from_environment().device
+        if device and torch.cuda.is_available():  # the harness says "cuda" on machines without a GPU, too
+            self._device = torch.device(device)
         self.model, self.tokenizer = decode.load(pretrained, dtype, self._device)
         self.pretrained, self.ends = str(pretrained), decode.end_ids(self.model, self.tokenizer)
         self.generator = torch.Generator(self._device).manual_seed(int(seed))

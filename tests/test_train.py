@@ -14,11 +14,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+import decode
 import llada
 import masking
 import sft
 import train_blockwise
 from cli import InputError
+from settings import Settings
 
 KNOBS = {
     "MASK_ID": 4, "MAX_LEN": 192, "LORA_R": 4, "LORA_ALPHA": 8, "LR": 1e-2, "BF16": False, "MICRO_BSIZE": 2,
@@ -48,6 +50,10 @@ def trained(tmp_path_factory, base, pt_file):
     return train
 
 
+def read(pt_file):
+    return torch.load(pt_file, weights_only=True)
+
+
 def read_csv(file):
     with open(file, newline="") as lines:
         return list(csv.DictReader(lines))
@@ -64,7 +70,7 @@ def tensors(folder):
 def literal_training(base, pt_file, steps, size):
     """Block-wise training in a plain loop: full logits, one forward pass per row, torch's AdamW, no engine."""
     knobs = SimpleNamespace(**{k: v for k, v in vars(train_blockwise).items() if k.isupper()} | KNOBS)
-    data = torch.load(pt_file, weights_only=True)
+    data = read(pt_file)
     lengths = torch.tensor([(row["prompt_len"], len(row["full_ids"])) for row in data])
     blocks = torch.tensor([math.ceil((end - start) / knobs.BLOCK_SIZE) for start, end in lengths.tolist()])
     order = sft.schedule(blocks, 1, knobs.SEED)
@@ -168,17 +174,46 @@ def test_the_same_command_twice_gives_the_same_csv_in_new_folders(trained):
         assert torch.equal(weight, tensors(folder / "out/run_step0004-v2")[name])
 
 
-def test_saving_and_checkpointing_do_not_change_the_training(trained):
+def test_saving_sampling_and_checkpointing_do_not_change_the_training(trained, pt_file, tokenizer):
     plain, _ = trained(ranks=2, LORA_DROPOUT=0.1, TOTAL_TRAIN_STEPS=4)
-    saving, _ = trained(ranks=2, LORA_DROPOUT=0.1, TOTAL_TRAIN_STEPS=4, SAVE_EVERY=3, GRADIENT_CHECKPOINTING=True)
+    more = {"SAVE_EVERY": 3, "SAMPLE_EVERY": 2, "GRADIENT_CHECKPOINTING": True}
+    saving, _ = trained(ranks=2, LORA_DROPOUT=0.1, TOTAL_TRAIN_STEPS=4, **more)
     assert losses(saving) == pytest.approx(losses(plain), abs=2e-6)
     assert {file.name for file in (saving / "out").iterdir()} == {"run_logs", "run_step0003", "run_step0004"}
     assert [file.name for file in (saving / "out/run_logs").iterdir() if file.is_dir()] == []
+    samples = [json.loads(line) for line in (saving / "out/run_logs/samples.jsonl").read_text().splitlines()]
+    prompts = [tokenizer.decode(row["full_ids"][: row["prompt_len"]]) for row in read(pt_file)[:4]]
+    assert [(row["step"], row["prompt"]) for row in samples] == [(step, text) for step in (2, 4) for text in prompts]
+    assert not (plain / "out/run_logs/samples.jsonl").exists()
+
+
+def test_samples_are_decoded_with_the_adapters(base, pt_file, tokenizer, tmp_path):
+    model = get_peft_model(llada.load_model(base, torch.float32), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    knobs = SimpleNamespace(**KNOBS, PT_FILE=pt_file, MAX_SAMPLES=0, SAMPLE_EVERY=1)
+    config = model.config
+    rows = sft.make_rows(read(pt_file), knobs, config)
+    samples = sft.Samples(base, config, rows, knobs)
+    samples.write(model, tmp_path, step=7)
+    assert model.training
+    written = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    merged, gen_length = model.merge_and_unload().eval(), samples.settings.gen_length
+    answers = [len(row["full_ids"]) - row["prompt_len"] for row in read(pt_file)[:4]]
+    assert gen_length % 16 == 0 and 0 <= gen_length - max(answers) < 16
+    for row, sample in zip(read(pt_file), written, strict=False):
+        prompt = row["full_ids"][: row["prompt_len"]].tolist()
+        ids, _ = decode.decode(merged, [prompt], Settings(gen_length, 16, gen_length))
+        assert sample["completion"] == decode.completion(tokenizer, ids[0].tolist(), [1, 7]) and sample["step"] == 7
+    config.max_position_embeddings = max(answers) + 10
+    with pytest.raises(InputError, match="SAMPLE_EVERY=1: .* Set it to 0"):
+        sft.Samples(base, config, rows, knobs)
 
 
 def test_ranks_draw_different_masks_and_dropout(trained, pt_file, tmp_path):
     """On copies of one row, one a rank: if the ranks drew alike, the number of scored tokens would always be even."""
-    torch.save(torch.load(pt_file, weights_only=True)[:1] * 24, tmp_path / "copies.pt")
+    torch.save(read(pt_file)[:1] * 24, tmp_path / "copies.pt")
     knobs = {"MICRO_BSIZE": 1, "GRAD_ACC": 1, "PT_FILE": tmp_path / "copies.pt"}
     folder, _ = trained("train_fullseq.py", ranks=2, **knobs)
     assert {int(row["supervised_tokens"]) % 2 for row in read_csv(folder / "out/run_logs/metrics.csv")} == {0, 1}
@@ -195,7 +230,7 @@ def test_bf16(trained):
 
 
 def test_epochs_draw_other_blocks_until_all_are_used(trained, pt_file):
-    data = torch.load(pt_file, weights_only=True)
+    data = read(pt_file)
     blocks = sum(math.ceil((len(row["full_ids"]) - row["prompt_len"]) / 32) for row in data)
     folder, output = trained(EPOCHS=9, BLOCK_SIZE=32, MICRO_BSIZE=4)
     assert f"{blocks} = 53 rows x 9 EPOCHS - {53 * 9 - blocks} with no block left" in output
