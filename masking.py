@@ -44,18 +44,18 @@ def blockwise_masks(
 
     Per row one mask ratio p ~ U(mask_prob_eps, 1). A token of the active block is hidden with probability p, one of the
     prefix with prefix_mask_rate, one of the suffix with suffix_mask_prob; prompt and padding never are.
-    Returns hidden, scored: (B, L) bool; scored is the hidden part of the active block.
+    Returns hidden, scored: (B, L) bool; scored is the hidden part of the active block; and p: (B, 1).
     """
     prefix, active, suffix = regions(prompt_len, length, block, max_len, block_size)
     uniform = {"generator": generator, "device": prompt_len.device}
     p = mask_prob_eps + (1 - mask_prob_eps) * torch.rand(len(prompt_len), 1, **uniform)  # (B, 1)
     u = torch.rand(len(prompt_len), max_len, **uniform)  # (B, L), in [0, 1): rate 0.0 hides nothing, 1.0 everything
     scored = active & (u < p)
-    return scored | (prefix & (u < prefix_mask_rate)) | (suffix & (u < suffix_mask_prob)), scored
+    return scored | (prefix & (u < prefix_mask_rate)) | (suffix & (u < suffix_mask_prob)), scored, p
 
 
 def full_sequence_masks(prompt_len, length, max_len, *, mask_prob_eps, generator):
-    """The baseline: every answer token is hidden with the row's p and scored. Returns hidden, scored as above."""
+    """The baseline: every answer token is hidden with the row's p and scored. Returns hidden, scored, p as above."""
     return blockwise_masks(
         prompt_len, length, torch.zeros_like(prompt_len), max_len, block_size=max_len, mask_prob_eps=mask_prob_eps,
         prefix_mask_rate=0.0, suffix_mask_prob=0.0, generator=generator,
@@ -70,6 +70,17 @@ def sample_mean_weights(scored):
     per_row = scored.sum(dim=1, keepdim=True)  # (B, 1)
     rows = (per_row > 0).sum()
     return scored / (per_row * rows).clamp(min=1)
+
+
+def bound_weights(scored, p, blocks, answer_len):
+    """Weights under which a sum over tokens is, on average over the draws, the block-wise diffusion bound per token.
+
+    Theorem 3.3: one block of a row and one p stand for all of them with the weight number of blocks x 1/p. With one
+    block as long as the answer it is the loss of LLaDA (2502.09992, eq. 5). Rows without a scored token count as rows.
+    scored: (B, L) bool, p: (B, 1), blocks: (B,) blocks of each answer, or 1; answer_len: (B,) -> (B, L) float.
+    """
+    per_row = blocks / (answer_len * len(scored))  # (B,)
+    return torch.where(scored, per_row[:, None] / p, 0.0)
 
 
 def loss(logits, targets, weights):

@@ -55,7 +55,8 @@ def train(knobs, turns, hide):
     """Fine-tunes LoRA adapters, logs every optimizer step, saves merged checkpoints. Run by the deepspeed launcher.
 
     knobs: the script's constants. turns: answer lengths (N,) -> how often each row can be drawn in the run, (N,).
-    hide: (prompt_len (G,), length (G,), turn (G,), generator=) -> hidden, scored, both (G, L) bool (see masking.py).
+    hide: (prompt_len (G,), length (G,), turn (G,), generator=) -> hidden, (G, L) bool, and weights of the tokens in the
+    loss, (G, L), above 0 where a token is scored (see masking.py).
     Raises InputError before anything is trained or written if something in the knobs, the rows or the model is wrong,
     and during the training if the loss or the gradient is not finite.
     """
@@ -95,8 +96,8 @@ def train_step(engine, knobs, place, rows, plan, hide, step):
     size = global_batch(knobs, place)
     sample, turn = plan[(step - 1) * size : step * size].T  # (G,), (G,)
     generator = torch.Generator(place.device).manual_seed(derive_seed(knobs.SEED, "masks", step))
-    hidden, scored = hide(rows.prompt_len[sample], rows.length[sample], turn, generator=generator)  # (G, L), (G, L)
-    weights = masking.sample_mean_weights(scored)  # (G, L)
+    hidden, weights = hide(rows.prompt_len[sample], rows.length[sample], turn, generator=generator)  # (G, L), (G, L)
+    scored = weights > 0  # (G, L)
     torch.manual_seed(derive_seed(knobs.SEED, "dropout", step, place.rank))
     total = torch.zeros((), device=place.device)
     for micro in range(knobs.GRAD_ACC):
@@ -203,6 +204,8 @@ def make_rows(data, knobs, config):
             f"{path}: no usable row; none of its {len(data)} rows has an answer. Write it anew with pt.py."
         )
     ids = F.pad(ids[used].int(), (0, knobs.MAX_LEN - ids.shape[1]), value=config.pad_token_id)  # (N, L)
+    if knobs.EOS_TAIL:
+        length = torch.full_like(length, knobs.MAX_LEN)
     return Rows(ids, prompt_len[used], length[used], unanswered=len(data) - len(answered))
 
 

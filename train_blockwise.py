@@ -7,7 +7,6 @@ scored is in masking.py; everything that this trainer has in common with train_f
 """
 
 import sys
-from functools import partial
 
 from cli import override, run
 
@@ -24,6 +23,8 @@ BLOCK_SIZE = 32  # tokens; best the block length of decoding
 MASK_PROB_EPS = 1e-3  # the mask ratio of a sample is uniform between this and 1
 PREFIX_MASK_RATE = 0.0  # share of the earlier blocks that is hidden; decoding shows them complete
 SUFFIX_MASK_PROB = 1.0  # share of the later blocks that is hidden; decoding has not written them yet
+EOS_TAIL = False  # True: the padding up to MAX_LEN is part of the answer, as in LLaDA's own SFT
+BOUND_WEIGHTS = False  # True: loss weighted 1/p x number of blocks (Theorem 3.3) in place of the masked mean
 
 # ---------------------------------------------------------------- adapters
 LORA_R = 256
@@ -53,18 +54,17 @@ def main():
     import masking  # only now: a typing error in a knob is reported without waiting for torch
     import sft
 
-    sft.train(
-        knobs,
-        turns=partial(masking.num_blocks, block_size=BLOCK_SIZE),
-        hide=partial(
-            masking.blockwise_masks,
-            max_len=MAX_LEN,
-            block_size=BLOCK_SIZE,
-            mask_prob_eps=MASK_PROB_EPS,
-            prefix_mask_rate=PREFIX_MASK_RATE,
-            suffix_mask_prob=SUFFIX_MASK_PROB,
-        ),
-    )
+    def hide(prompt_len, length, block, generator):
+        hidden, scored, p = masking.blockwise_masks(
+            prompt_len, length, block, MAX_LEN, block_size=BLOCK_SIZE, mask_prob_eps=MASK_PROB_EPS,
+            prefix_mask_rate=PREFIX_MASK_RATE, suffix_mask_prob=SUFFIX_MASK_PROB, generator=generator,
+        )  # fmt: skip
+        if BOUND_WEIGHTS:
+            answer_len = length - prompt_len
+            return hidden, masking.bound_weights(scored, p, masking.num_blocks(answer_len, BLOCK_SIZE), answer_len)
+        return hidden, masking.sample_mean_weights(scored)
+
+    sft.train(knobs, turns=lambda answer_len: masking.num_blocks(answer_len, BLOCK_SIZE), hide=hide)
 
 
 if __name__ == "__main__":

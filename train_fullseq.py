@@ -20,6 +20,8 @@ MAX_SAMPLES = 200 * 32  # rows of PT_FILE to train on, from its start; 0 = all
 
 # ---------------------------------------------------------------- method
 MASK_PROB_EPS = 1e-3  # the mask ratio of a sample is uniform between this and 1
+EOS_TAIL = False  # True: the padding up to MAX_LEN is part of the answer, as in LLaDA's own SFT
+BOUND_WEIGHTS = False  # True: loss weighted 1/p, as in LLaDA's own SFT, in place of the masked mean
 
 # ---------------------------------------------------------------- adapters
 LORA_R = 256
@@ -49,13 +51,15 @@ def main():
     import masking  # only now: a typing error in a knob is reported without waiting for torch
     import sft
 
-    sft.train(
-        knobs,
-        turns=lambda answer_len: 0 * answer_len + EPOCHS,
-        hide=lambda prompt_len, length, turn, generator: masking.full_sequence_masks(
+    def hide(prompt_len, length, turn, generator):
+        hidden, scored, p = masking.full_sequence_masks(
             prompt_len, length, MAX_LEN, mask_prob_eps=MASK_PROB_EPS, generator=generator
-        ),
-    )
+        )
+        if BOUND_WEIGHTS:
+            return hidden, masking.bound_weights(scored, p, blocks=1, answer_len=length - prompt_len)
+        return hidden, masking.sample_mean_weights(scored)
+
+    sft.train(knobs, turns=lambda answer_len: 0 * answer_len + EPOCHS, hide=hide)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def make_batch(args, device):
     prompt_len = torch.randint(64, 128, (args.batch,), generator=generator, device=device)
     length = torch.full_like(prompt_len, args.length)
     block = torch.randint(0, (args.length - 128) // 32, (args.batch,), generator=generator, device=device)
-    hidden, scored = masking.blockwise_masks(
+    hidden, scored, _ = masking.blockwise_masks(
         prompt_len, length, block, args.length, block_size=32, mask_prob_eps=1e-3, prefix_mask_rate=0.0,
         suffix_mask_prob=1.0, generator=generator,
     )  # fmt: skip

@@ -78,7 +78,7 @@ def pretrain(model, rows, steps, batch_size, lr):
         some = torch.randint(len(ids), (batch_size,), generator=generator)
         longest = int(length[some].max())
         batch = ids[some, :longest]  # (B, L)
-        hidden, scored = masking.full_sequence_masks(
+        hidden, scored, _ = masking.full_sequence_masks(
             torch.zeros_like(some), length[some], longest, mask_prob_eps=1e-3, generator=generator
         )
         logits = model(input_ids=batch.masked_fill(hidden, MASK_ID), logits_to_keep=scored).logits  # (n, V)

@@ -28,7 +28,7 @@ def heldout_loss(folder, dataset, block_size):
     prompt_len, length = torch.tensor([(start, len(row)) for start, row in rows]).T
     generator, losses = torch.Generator().manual_seed(0), []
     for block in range(int(masking.num_blocks(length - prompt_len, block_size).max())):
-        hidden, scored = masking.blockwise_masks(
+        hidden, scored, _ = masking.blockwise_masks(
             prompt_len, length, torch.full_like(length, block), ids.shape[1], block_size=block_size,
             mask_prob_eps=1e-3, prefix_mask_rate=0.0, suffix_mask_prob=1.0, generator=generator,
         )  # fmt: skip

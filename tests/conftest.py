@@ -1,5 +1,6 @@
 """What several tests need: a tiny checkpoint in LLaDA's format, rows for it, and the real launcher."""
 
+import importlib
 import json
 import os
 import random
@@ -64,6 +65,33 @@ def pt_file(tmp_path_factory, base, dataset_folder):
     result = run("pt.py", "--model", base, "--dataset", dataset_folder, "--output", file, "--max_len", 192)
     assert result.returncode == 0, result.stderr
     return file
+
+
+@pytest.fixture
+def call(request, monkeypatch, capsys):
+    """call(*flags) -> exit code, stdout, stderr of the script that the test's file is named after, in this process.
+
+    Anything but the two ways in which a script may end on purpose goes up to pytest: that would be a traceback.
+    """
+    import cli
+
+    name = request.module.__name__.removeprefix("test_")
+    script = importlib.import_module(name)
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.run(script.main)
+        except SystemExit as end:
+            code = end.code
+        if isinstance(code, str):  # what Python does with it, once the progress bar is gone
+            print(code, file=sys.stderr)
+            code = 1
+        return code, *capsys.readouterr()
+
+    return call
 
 
 def run(script, *args, cwd=ROOT, env=None):

@@ -128,7 +128,8 @@ def test_defaults_are_the_published_ones():
     assert knobs == {
         "MODEL": "GSAI-ML/LLaDA-8B-Instruct", "PT_FILE": "MathQA_256.pt", "CKPT_DIR": "ckpts_stagewise_sft_32",
         "MASK_ID": 126336, "MAX_LEN": 256, "MAX_SAMPLES": 6400, "BLOCK_SIZE": 32, "MASK_PROB_EPS": 1e-3,
-        "PREFIX_MASK_RATE": 0.0, "SUFFIX_MASK_PROB": 1.0, "LORA_R": 256, "LORA_ALPHA": 512, "LORA_DROPOUT": 0.05,
+        "PREFIX_MASK_RATE": 0.0, "SUFFIX_MASK_PROB": 1.0, "EOS_TAIL": False, "BOUND_WEIGHTS": False,
+        "LORA_R": 256, "LORA_ALPHA": 512, "LORA_DROPOUT": 0.05,
         "TARGET_MODS": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "LR": 1e-5,
         "WEIGHT_DECAY": 0.0, "WARMUP_RATIO": 0.1, "MIN_LR_RATIO": 0.01, "MAX_GRAD_NORM": 1.0, "MICRO_BSIZE": 32,
         "GRAD_ACC": 1, "EPOCHS": 1, "TOTAL_TRAIN_STEPS": 0, "SAVE_EVERY": 0, "SAMPLE_EVERY": 0, "SEED": 42,

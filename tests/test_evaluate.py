@@ -10,9 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, launch, problems, run
 
-import cli
 import decode
-import evaluate
 import llada
 import pt
 from settings import Settings
@@ -26,23 +24,6 @@ def data(tmp_path_factory):
     file = tmp_path_factory.mktemp("problems") / "heldout.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in problems(22, 5)))
     return file
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call(*flags) -> exit code, stdout, stderr of evaluate.py, run in this process."""
-
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
-        code = 0
-        try:
-            cli.run(evaluate.main)
-        except SystemExit as error:
-            code = 1 if isinstance(error.code, str) else error.code
-            print(error.code, file=sys.stderr)
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def answers(folder):

@@ -1,36 +1,16 @@
 """generate.py: real runs on the tiny checkpoint, and what becomes of bad input."""
 
 import json
-import sys
 
 import pytest
 import torch
 from conftest import run
 
-import cli
 import decode
-import generate
 import llada
 from settings import Settings
 
 SHORT = ("--gen_length", 16, "--block_length", 8, "--steps", 16)
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """call(*flags) -> exit code, stdout, stderr of generate.py, run in this process."""
-
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags)])
-        code = 0
-        try:
-            cli.run(generate.main)
-        except SystemExit as error:
-            code = 1 if isinstance(error.code, str) else error.code
-            print(error.code, file=sys.stderr)
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.mark.parametrize("raw", [False, True])

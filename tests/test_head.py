@@ -23,11 +23,11 @@ def test_same_loss_and_gradients_as_full_logits(base, method):
     draw = {"mask_prob_eps": 1e-3, "generator": generator}
     if method == "block-wise":
         block = torch.tensor([2, 0, 1, 1, 0])
-        hidden, scored = masking.blockwise_masks(
+        hidden, scored, _ = masking.blockwise_masks(
             prompt_len, length, block, 40, block_size=8, prefix_mask_rate=0.1, suffix_mask_prob=1.0, **draw
         )
     else:
-        hidden, scored = masking.full_sequence_masks(prompt_len, length, 40, **draw)
+        hidden, scored, _ = masking.full_sequence_masks(prompt_len, length, 40, **draw)
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
     model = get_peft_model(llada.load_model(base, torch.float32), config)
     for name, weight in model.named_parameters():

@@ -41,7 +41,7 @@ def exact_bound(model, context, continuation):
 
 
 def test_the_likelihood_is_the_bound_on_average(lm, tokenizer):
-    context, continuation = tokenizer("Ada has 3 pens.")["input_ids"], tokenizer("3 + 4")["input_ids"][:4]
+    context, continuation = tokenizer("Ada has 3 pens.")["input_ids"], tokenizer("3456")["input_ids"]
     assert len(continuation) == 4
     lm.mc_samples = 16
     draws = torch.tensor([lm.log_likelihood(context, continuation) for _ in range(120)])

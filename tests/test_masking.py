@@ -42,7 +42,7 @@ def blockwise(rows, max_len, block_size, seed, eps=1e-3, prefix=0.0, suffix=1.0)
     return masking.blockwise_masks(
         *column(*rows).T, max_len, block_size=block_size, mask_prob_eps=eps,
         prefix_mask_rate=prefix, suffix_mask_prob=suffix, generator=seeded(seed),
-    )  # fmt: skip
+    )[:2]  # fmt: skip
 
 
 # ---------------------------------------------------------------- the picture
@@ -169,7 +169,9 @@ def test_blockwise_masks_equal_the_literal_version(batch, seed, eps, prefix, suf
 def test_full_sequence_masks_equal_the_literal_version(batch, seed, eps):
     rows, max_len, _ = batch
     prompt_len, length, _ = column(*rows).T
-    hidden, scored = masking.full_sequence_masks(prompt_len, length, max_len, mask_prob_eps=eps, generator=seeded(seed))
+    hidden, scored, _ = masking.full_sequence_masks(
+        prompt_len, length, max_len, mask_prob_eps=eps, generator=seeded(seed)
+    )
     one_block = [(prompt, end, 0) for prompt, end, _ in rows]
     expected, _ = literal_masks(one_block, max_len, max_len, 0.0, 0.0, *same_draws(rows, max_len, seed, eps))
     assert hidden.tolist() == scored.tolist() == expected
@@ -232,7 +234,7 @@ def ratio_shares(request):
         _, scored = blockwise([(0, LONG, 0)] * N, LONG, LONG, seed=1, eps=EPS)
     else:
         zeros = torch.zeros(N, dtype=torch.long)
-        _, scored = masking.full_sequence_masks(zeros, zeros + LONG, LONG, mask_prob_eps=EPS, generator=seeded(1))
+        _, scored, _ = masking.full_sequence_masks(zeros, zeros + LONG, LONG, mask_prob_eps=EPS, generator=seeded(1))
     return shares(scored, 0, LONG)
 
 

@@ -11,7 +11,6 @@ from conftest import problems, run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-import cli
 import llada
 import pt
 from cli import InputError
@@ -377,29 +376,10 @@ def write_jsonl(file, rows):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """Runs pt.py in this process, as its last lines do. Returns exit code, stdout and stderr.
-
-    Anything but the two ways in which a script may end on purpose goes up to pytest: that would be a traceback.
-    """
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """datasets keeps what it has read in the test's own folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["pt.py", *map(str, args)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.run(pt.main)
-        except SystemExit as end:
-            code = end.code
-        if isinstance(code, str):  # what Python does with it, once the progress bar is gone
-            print(code, file=sys.stderr)
-            code = 1
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 def load(file):

@@ -27,7 +27,7 @@ def clone(tmp_path_factory, base, dataset_folder):
     """A folder that looks like the clone after demo.sh: the repository's files, and demo_run with base and data."""
     folder = tmp_path_factory.mktemp("clone")
     for file in ROOT.iterdir():
-        if file.suffix in (".py", ".sh", ".txt") or file.name in ("benchmarks", "demo"):
+        if file.suffix in (".py", ".sh", ".txt") or file.name in ("adapters", "benchmarks", "demo"):
             (folder / file.name).symlink_to(file)
     (folder / ".venv/bin").mkdir(parents=True)
     (folder / ".venv/bin/activate").write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")

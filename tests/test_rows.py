@@ -31,9 +31,9 @@ def path(tmp_path):
     return str(tmp_path / "the rows ö.pt")  # spaces and other letters must not matter
 
 
-def load(path, max_samples=0):
-    knobs = SimpleNamespace(PT_FILE=path, MAX_LEN=MAX_LEN, MAX_SAMPLES=max_samples, MASK_ID=MASK)
-    return sft.make_rows(sft.read_pt(path), knobs, CONFIG)
+def load(path, max_samples=0, eos_tail=False):
+    knobs = {"PT_FILE": path, "MAX_LEN": MAX_LEN, "MAX_SAMPLES": max_samples, "MASK_ID": MASK, "EOS_TAIL": eos_tail}
+    return sft.make_rows(sft.read_pt(path), SimpleNamespace(**knobs), CONFIG)
 
 
 def load_saved(path, rows, max_samples=0):
@@ -54,6 +54,13 @@ def refusal(path, *parts):
 
 
 # ---------------------------------------------------------------- good files
+
+
+def test_with_an_eos_tail_every_answer_ends_at_max_len(path):
+    plain = load_saved(path, [*good_rows(), row(2, 5, 6)])  # the last has no answer: a tail alone is none
+    tail = load(path, eos_tail=True)
+    assert tail.length.tolist() == [MAX_LEN] * 3 and tail.prompt_len.equal(plain.prompt_len)
+    assert tail.ids.equal(plain.ids) and tail.unanswered == 1
 
 
 def test_rows_are_padded_to_max_len(path):

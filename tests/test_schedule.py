@@ -208,7 +208,8 @@ def step_of_all_ranks(world, acc, step):
 
     def hide(*args, generator):
         rates = {"mask_prob_eps": 1e-3, "prefix_mask_rate": 0.1, "suffix_mask_prob": 0.9}
-        return masking.blockwise_masks(*args, LENGTH, block_size=3, generator=generator, **rates)
+        hidden, scored, _ = masking.blockwise_masks(*args, LENGTH, block_size=3, generator=generator, **rates)
+        return hidden, masking.sample_mean_weights(scored)
 
     engines, loss, gradient = [], 0.0, 0.0
     for rank in range(world):

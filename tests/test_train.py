@@ -24,7 +24,7 @@ from settings import Settings
 
 KNOBS = {
     "MASK_ID": 4, "MAX_LEN": 192, "LORA_R": 4, "LORA_ALPHA": 8, "LR": 1e-2, "BF16": False, "MICRO_BSIZE": 2,
-    "GRAD_ACC": 2, "BLOCK_SIZE": 16, "LORA_DROPOUT": 0.0, "CKPT_DIR": "out/run",
+    "GRAD_ACC": 2, "BLOCK_SIZE": 16, "LORA_DROPOUT": 0.0, "CKPT_DIR": "out/run", "EOS_TAIL": False,
 }  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def literal_training(base, pt_file, steps, size):
     for step in range(1, steps + 1):
         row, block = order[(step - 1) * size : step * size].T
         generator = torch.Generator().manual_seed(sft.derive_seed(knobs.SEED, "masks", step))
-        hidden, scored = masking.blockwise_masks(
+        hidden, scored, _ = masking.blockwise_masks(
             *lengths[row].T, block, knobs.MAX_LEN, block_size=knobs.BLOCK_SIZE, mask_prob_eps=1e-3,
             prefix_mask_rate=0.0, suffix_mask_prob=1.0, generator=generator,
         )  # fmt: skip
