@@ -6,7 +6,7 @@ from decimal import Decimal
 
 from math_verify import parse, verify
 
-NUMBER = re.compile(r"(?<![\d.)])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+")  # the minus of 5-3 is none
+NUMBER = re.compile(r"(?<![\d.])(?:(?<!\))-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+")  # 5-3 has no -3
 Z = 1.959963984540054  # 95 % of a normal distribution lie within Z standard deviations
 
 
@@ -34,9 +34,9 @@ def expression(text, whole=False):
 
     whole: without that phrase, the text is nothing but the answer, as in MATH-500.
     """
-    _, phrase, tail = text.rpartition("The answer is:")
+    _, phrase, tail = text.replace("\\$", "").rpartition("The answer is:")
     if (phrase or whole) and "$" not in tail and "\\boxed" not in tail:
-        return parse(f"${tail.strip()}$")  # without the dollars it would not be read as LaTeX
+        return parse(f"${tail.strip().rstrip('.')}$")  # without the dollars it would not be read as LaTeX
     return parse(tail)
 
 

@@ -27,6 +27,7 @@ import scoring
         ("1,2345", "2345"),
         ("a half is .5", "0.5"),
         ("50%", "50"),
+        ("2)18", "18"),
     ],
 )
 def test_the_number_of_an_answer(text, number):
@@ -56,6 +57,8 @@ def test_a_number_is_right_however_it_is_written(value, form):
         ("The answer is: \\text{east}", "\\text{east}", True),
         ("The answer is: (-\\infty, 2)", "(-\\infty,2]", False),
         ("The answer is: 3", "\\frac{1}{2}", False),
+        ("The answer is: \\frac{14}{3}.", "\\frac{14}{3}", True),
+        ("so \\boxed{\\$36}", "\\$36", True),
         ("", "5", False),
         ("The answer is:", "5", False),
         ("nothing here", "\\frac{1}{2}", False),
