@@ -72,13 +72,15 @@ def fit(messages, model, tokenizer, settings):
 
 def show_live(answers, tokenizer, mask_id, ends, block_length):
     """Draws an answer again after each step, until it is complete or Ctrl-C. Returns the ids that were written."""
-    ids = []
-    with Live(console=Console(highlight=False), auto_refresh=False, vertical_overflow="visible") as live:
+    ids, stopped, console = [], "", Console(highlight=False)
+    with Live(console=console, auto_refresh=False, transient=True) as live:
         try:
             for ids in answers:
-                live.update(drawing(ids, tokenizer, mask_id, ends, block_length), refresh=True)
+                lines = drawing(ids, tokenizer, mask_id, ends, block_length).wrap(console, console.width)
+                live.update(Text("\n").join(lines[1 - console.height :]), refresh=True)  # what has room
         except KeyboardInterrupt:
-            live.update(drawing(ids, tokenizer, mask_id, ends, block_length).append(" (stopped)", "dim"), refresh=True)
+            stopped = " (stopped)"
+    console.print(drawing(ids, tokenizer, mask_id, ends, block_length).append(stopped, "dim"))
     return [token for token in ids if token != mask_id]
 
 

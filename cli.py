@@ -96,8 +96,9 @@ def read_jsonl(path):
     for number, line in enumerate(text.rstrip().split("\n"), start=1):
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # JSON can hold halves of letters, tokenizers cannot
         except ValueError as error:
-            raise InputError(f"{path}, line {number} is no JSON: {error}") from None
+            raise InputError(f"{path}, line {number} is no JSON in UTF-8: {error}") from None
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {number} is no JSON object.")
         rows.append((number, row))

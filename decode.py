@@ -24,10 +24,7 @@ def load(name, dtype, device):
     tokenizer = llada.load_tokenizer(folder)
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
-    model = llada.load_model(folder, dtype if dtype == "auto" else getattr(torch, dtype), device).eval()
-    if model.config.mask_token_id is None:
-        raise InputError(f"{folder}/config.json has no mask_token_id, which decoding starts from.")
-    return model, tokenizer
+    return llada.load_model(folder, dtype if dtype == "auto" else getattr(torch, dtype), device).eval(), tokenizer
 
 
 def end_ids(model, tokenizer):
@@ -73,7 +70,7 @@ def stream(model, prompts, settings, end_ids=(), generator=None):
                 logits = forward.first()
             else:
                 todo, logits = forward.rows, forward.again(canvas)
-            rows += len(todo)
+            rows += len(todo) * (2 if settings.cfg_scale else 1)
             number = settings.block_length // steps + (step < settings.block_length % steps)
             written = commit(logits, canvas[todo, block], mask_id, number, settings, ends, generator)
             canvas[todo, block] = written
@@ -88,16 +85,21 @@ def stream(model, prompts, settings, end_ids=(), generator=None):
 def make_canvas(config, prompts, gen_length, device):
     """Prompts on the right edge of P columns, then gen_length masks. Returns ids, and where they are real, (B, L) both.
 
-    Raises InputError.
+    Raises InputError that names the first prompt that does not fit, or what the model's config lacks.
     """
-    if not all(prompts):
-        raise InputError("a prompt is empty.")
+    for key in ("mask_token_id", "pad_token_id", "eos_token_id"):
+        token = getattr(config, key)
+        if token is None or not 0 <= token < config.vocab_size:
+            raise InputError(f"the model's config.json has {key} {token}; decoding needs one of its tokens there.")
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise InputError(f"prompt {number} is empty.")
+        if len(prompt) + gen_length > config.max_position_embeddings:
+            raise InputError(
+                f"prompt {number} has {len(prompt)} tokens; with gen_length {gen_length} that is more than the "
+                f"model's {config.max_position_embeddings} positions."
+            )
     longest = max(map(len, prompts))
-    if longest + gen_length > config.max_position_embeddings:
-        raise InputError(
-            f"a prompt of {longest} tokens and gen_length {gen_length} are more than the model's "
-            f"{config.max_position_embeddings} positions."
-        )
     canvas = torch.full((len(prompts), longest + gen_length), config.mask_token_id)
     seen = torch.ones_like(canvas, dtype=torch.bool)
     for row, prompt in enumerate(prompts):

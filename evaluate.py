@@ -37,6 +37,7 @@ TASKS = {
     "gsm8k": Task("openai/gsm8k", "main", "test", "same_number"),
     "math500": Task("HuggingFaceH4/MATH-500", "default", "test", "same_math"),
 }
+LINE = {"problem", "question", "gold", "completion", "correct", "tokens", "forwards", "seconds"}  # of answers.jsonl
 QUESTION, GOLD = ("question", "problem", "query"), ("answer", "response")  # names of GSM8K, MATH-500, MetaMathQA
 
 
@@ -62,16 +63,25 @@ def main():
     args = parse_args()
     settings = from_flags(args)
     problems = load_problems(args)
-    import torch.distributed as dist  # only now: a typing error is reported without waiting for it
-
-    from place import Place
+    from place import Place  # only now: a typing error is reported without waiting for torch
 
     place = Place.from_environment()
     if place.world > 1:
+        import torch.distributed as dist
+
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may have many more problems to answer
     names = args.compare or [args.model]
+    folders = [Path(args.output) / f"{Path(name).name}-{args.task}" for name in names]
+    if len(set(folders)) < len(folders):
+        raise InputError(f"both models are called {Path(names[0]).name}; evaluate them one by one, with two --output.")
     prompts = [encode(name, problems, settings) for name in names]  # also of the second, before the first is run
-    answers = [evaluate(name, ids, problems, args, settings, place) for name, ids in zip(names, prompts)]
+    for name, ids, folder in zip(names, prompts, folders):
+        wanted = description(name, problems, ids, args, settings)
+        on_first_rank(place, lambda folder=folder, wanted=wanted: prepare(folder, wanted))
+    answers = [
+        evaluate(name, ids, problems, folder, args, settings, place)
+        for name, ids, folder in zip(names, prompts, folders)
+    ]
     if place.rank == 0:
         report(names, answers, args, settings)
     if place.world > 1:
@@ -83,6 +93,7 @@ def load_problems(args):
     import scoring
 
     task = TASKS[args.task]
+    right = getattr(scoring, task.rule)
     if args.data:
         rows = [(f"{args.data}, line {number}", row) for number, row in read_jsonl(args.data)]
     else:
@@ -93,8 +104,8 @@ def load_problems(args):
         texts = [next((row[name] for name in names if name in row), None) for names in (QUESTION, GOLD)]
         if not all(isinstance(text, str) and text.strip() for text in texts):
             raise InputError(f"{where} needs a text as {' or '.join(QUESTION)}, and one as {' or '.join(GOLD)}.")
-        if task.rule == "same_number" and scoring.number(texts[1]) is None:
-            raise InputError(f"{where} has no number in its answer; is it a problem of --task {args.task}?")
+        if not right(f"The answer is: {texts[1]}", texts[1]):  # not even the reference itself would be right
+            raise InputError(f"{where}: nothing can be read in its answer; is it a problem of --task {args.task}?")
         problems.append({"question": texts[0], "gold": texts[1]})
     return problems
 
@@ -113,26 +124,19 @@ def encode(name, problems, settings):
     return prompts
 
 
-def evaluate(name, prompts, problems, args, settings, place):
-    """Answers the problems that have no answer yet, shared out to the ranks. Returns all answers, by problem.
+def evaluate(name, prompts, problems, folder, args, settings, place):
+    """Answers the problems that have no answer in the folder, shared out to the ranks. Returns all, by problem.
 
     The batches are the same whatever was answered before and on however many ranks: so are the answers.
     """
     order = sorted(range(len(problems)), key=lambda i: -len(prompts[i]))  # similar lengths together, longest first
     batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
-    folder = Path(args.output) / f"{Path(name).name}-{args.task}"
-    if place.rank == 0:
-        prepare(folder, description(name, problems, args, settings))
-        collect(folder, batches)
-    wait(place)
+    on_first_rank(place, lambda: collect(folder, batches))
     done = read_answers(folder)
     todo = [k for k, batch in enumerate(batches) if not done.keys() >= set(batch)]
     if todo:
         answer(name, problems, prompts, batches, todo[place.rank :: place.world], folder, args, settings, place)
-    wait(place)
-    if place.rank == 0:
-        collect(folder, batches)
-    wait(place)
+    on_first_rank(place, lambda: collect(folder, batches))
     answers = read_answers(folder)
     return [answers[i] for i in range(len(problems))]
 
@@ -169,24 +173,37 @@ def answer(name, problems, prompts, batches, todo, folder, args, settings, place
     bar.close()
 
 
-def wait(place):
-    """Waits for all ranks."""
-    if place.world > 1:
-        import torch.distributed as dist
+def on_first_rank(place, function):
+    """Runs a function on the first rank once all are here; they wait for it. Its InputError is raised on all ranks."""
+    import torch.distributed as dist
 
+    problem = [None]
+    if place.world > 1:
         dist.barrier()
+    if place.rank == 0:
+        try:
+            function()
+        except InputError as error:
+            problem = [str(error)]
+    if place.world > 1:
+        dist.broadcast_object_list(problem)
+    if problem[0]:
+        raise InputError(problem[0])
 
 
 # ---------------------------------------------------------------- the folder of results
 
 
-def description(name, problems, args, settings):
-    """What the answers depend on, for settings.json: only a run with the same can continue."""
+def description(name, problems, prompts, args, settings):
+    """What the answers depend on, for settings.json: only a run with the same can continue.
+
+    The prompts are in it for the tokenizer and its chat template.
+    """
     import llada
 
     files = llada.weight_files(llada.local_folder(name))
     weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    digest = hashlib.sha256(json.dumps(problems).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([problems, prompts]).encode()).hexdigest()
     more = {key: getattr(args, key) for key in ("task", "batch_size", "dtype", "seed")}
     return {"model": name, "weights": weights, "problems": len(problems), "sha256": digest} | more | asdict(settings)
 
@@ -233,12 +250,15 @@ def read_answers(folder):
     """All lines of the folder's answers, {problem: line}. The unfinished last line of a file does not count."""
     answers = {}
     for path in sorted(folder.glob("answers*.jsonl")):
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
             try:
                 row = json.loads(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict) and row.keys() >= LINE:
                 answers[row["problem"]] = row
-            except (ValueError, TypeError, KeyError):
-                raise InputError(f"{path} is damaged at {line[:60]!r}; remove that line, or the folder.") from None
+            else:
+                raise InputError(f"{path} is damaged at {line[:60]!r}; remove that line, or the folder.")
     return answers
 
 

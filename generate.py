@@ -8,6 +8,7 @@ in.jsonl has rows {"prompt": text}, out.jsonl rows {"prompt", "completion", "tok
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import pt
@@ -34,9 +35,9 @@ def parse_args():
 def main():
     args = parse_args()
     settings = from_flags(args)
+    if args.output:
+        check_output(Path(args.output))
     texts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts)
-    if args.output and Path(args.output).exists():
-        raise InputError(f"--output {args.output} exists already; remove it, or name another file.")
     import torch  # only now: a typing error is reported without waiting for it
     from tqdm import tqdm
 
@@ -57,6 +58,14 @@ def main():
     bar.close()
 
 
+def check_output(path):
+    """Refuses a file that is there already or cannot be made, before any work. Raises InputError."""
+    if path.exists():
+        raise InputError(f"--output {path} exists already; remove it, or name another file.")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"--output {path}: {path.parent} is not a folder that can be written to.")
+
+
 def read_prompts(path):
     """The prompts of a jsonl file. Raises InputError that names the line."""
     prompts = []
@@ -72,6 +81,8 @@ def encode(tokenizer, text, raw):
     """A prompt as ids: as the user's turn of a conversation, or raw."""
     if not text.strip():
         raise InputError("--prompt is empty.")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python keeps other bytes of a command line
+        raise InputError("--prompt is not in UTF-8.")
     if raw:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return pt.prompt_ids(tokenizer, [{"role": "user", "content": text}])

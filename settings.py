@@ -1,8 +1,11 @@
 """The settings of block-by-block decoding, and their flags. Imports nothing heavy."""
 
+import math
 from dataclasses import dataclass, fields
 
 from cli import InputError
+
+DTYPES = ("auto", "bfloat16", "float32")  # what decode.load takes
 
 
 @dataclass
@@ -21,12 +24,16 @@ class Settings:
     cache: str = "none"  # keys and values that are kept within a block: none, prefix, or dual (prefix and suffix)
 
     def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not field.type and not (type(value) is int and field.type is float):
+                raise InputError(f"{field.name} {value!r} is not of type {field.type.__name__}.")
         blocks, rest = divmod(self.gen_length, self.block_length) if self.block_length > 0 else (0, 1)
         if rest or blocks < 1:
             raise InputError(f"gen_length {self.gen_length} is not a multiple of block_length {self.block_length}.")
         if self.steps < 1 or self.steps % blocks:
             raise InputError(f"steps {self.steps} is not a multiple of the {blocks} blocks of the answer.")
-        if not (self.temperature >= 0 and self.cfg_scale >= 0 and 0 <= self.threshold < 1):
+        if not (0 <= self.temperature < math.inf and 0 <= self.cfg_scale < math.inf and 0 <= self.threshold < 1):
             raise InputError("temperature and cfg_scale must be at least 0, threshold at least 0 and below 1.")
         if self.remasking not in ("low_confidence", "random"):
             raise InputError(f"remasking {self.remasking!r} is neither 'low_confidence' nor 'random'.")
@@ -41,10 +48,12 @@ def add_flags(parser):
             parser.add_argument(f"--{field.name}", action="store_true")
         else:
             parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="auto: float32 on CPU")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: float32 on CPU")
     parser.add_argument("--seed", type=int, default=0, help="of temperature and random remasking")
 
 
 def from_flags(args):
-    """The Settings of parsed arguments. Raises InputError."""
+    """The Settings of parsed arguments; checks the seed, too. Raises InputError."""
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed {args.seed} must be at least 0 and below 2^63.")
     return Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})

@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).parent.parent))  # last: tasks mean Hugging F
 import decode  # noqa: E402
 from cli import InputError, run  # noqa: E402
 from place import Place  # noqa: E402
-from settings import Settings  # noqa: E402
+from settings import DTYPES, Settings  # noqa: E402
 
 
 @register_model("llada")
@@ -36,12 +36,13 @@ class LLaDA(TemplateLM):
         **settings,
     ):  # fmt: skip
         super().__init__()
-        unknown = settings.keys() - {field.name for field in fields(Settings)}
-        if unknown or not str(batch_size).isdigit():
-            what = f"model_args {', '.join(sorted(unknown))}" if unknown else f"batch_size {batch_size}"
-            raise InputError(
-                f"{what}: model type llada does not know that; see settings.py, and give a number of rows."
-            )
+        if unknown := settings.keys() - {field.name for field in fields(Settings)}:
+            raise InputError(f"model_args {', '.join(sorted(unknown))}: not settings of decoding; see settings.py.")
+        for key, value in (("batch_size", batch_size), ("mc_samples", mc_samples)):
+            if not str(value).isdigit() or int(value) < 1:
+                raise InputError(f"{key} {value}: give a number of rows, at least 1.")
+        if dtype not in DTYPES:
+            raise InputError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
         self.settings, self.batch_size, self.mc_samples = Settings(**settings), int(batch_size), int(mc_samples)
         self._device = Place.from_environment().device
         if device and torch.cuda.is_available():  # the harness says "cuda" on machines without a GPU, too
@@ -66,8 +67,9 @@ class LLaDA(TemplateLM):
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )  # fmt: skip
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
         return self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]

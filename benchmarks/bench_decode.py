@@ -22,7 +22,8 @@ import evaluate
 import llada
 import pt
 import scoring
-from demo.make_base import make_config
+from cli import run
+from experiments.make_base import make_config
 from place import Place
 from settings import Settings
 
@@ -89,8 +90,8 @@ def main():
             found, rows, began = [], 0, time.perf_counter()
             for start in range(0, len(prompts), size):
                 some = prompts[start : start + size]
-                ids, run = decode.decode(model, some, replace(exact, **options), ends)
-                found, rows = found + ids.tolist(), rows + run
+                ids, cost = decode.decode(model, some, replace(exact, **options), ends)
+                found, rows = found + ids.tolist(), rows + cost
             if repeat:  # the first round warms up
                 times[name].append(time.perf_counter() - began)
             answers[name], forwards[name] = found, rows / len(prompts)
@@ -115,4 +116,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

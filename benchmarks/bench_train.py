@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 import llada
 import masking
 import sft
-from demo.make_base import make_config
+from experiments.make_base import make_config
 
 
 def make_batch(args, device):

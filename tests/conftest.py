@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stories import problem
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the tests need no GPU, and compare fp32 numbers
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -18,8 +19,6 @@ ROOT = Path(__file__).parent.parent
 
 
 def problems(number, seed):
-    from demo.make_data import problem
-
     rng = random.Random(seed)
     return [problem(rng) for _ in range(number)]
 
@@ -28,7 +27,7 @@ def problems(number, seed):
 def tokenizer():
     """A byte-level BPE tokenizer with LLaDA's special tokens (mask id 4) and chat template."""
     import pt
-    from demo.make_base import make_tokenizer
+    from experiments.make_base import make_tokenizer
 
     return make_tokenizer((pt.user_turn(row["query"])["content"] + row["response"] for row in problems(200, 0)), 400)
 
@@ -37,7 +36,7 @@ def tokenizer():
 def base(tmp_path_factory, tokenizer):
     """A checkpoint folder: 2 layers, width 64, several shards, bf16, random weights large enough to matter."""
     import llada
-    from demo.make_base import make_config
+    from experiments.make_base import make_config
 
     folder = tmp_path_factory.mktemp("base checkpoint ö")  # spaces and other letters must not matter
     torch.manual_seed(0)

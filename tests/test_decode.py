@@ -1,5 +1,7 @@
 """Decoding against a slow literal version of the algorithm: one prompt at a time, full logits, no padding."""
 
+import copy
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -27,7 +29,7 @@ def prompts():
 
 @torch.no_grad()
 def literal(model, prompt, gen_length, block_length, steps, cfg_scale=0.0, suppress_end=False, threshold=0.0):
-    """The algorithm as it is written down, one prompt, one token at a time. Returns ids and the number of steps."""
+    """The algorithm as it is written down, for one prompt. Returns ids and the number of forward passes."""
     canvas = prompt + [MASK] * gen_length
     per_block, taken = steps // (gen_length // block_length), 0
     for start in range(len(prompt), len(canvas), block_length):
@@ -52,7 +54,7 @@ def literal(model, prompt, gen_length, block_length, steps, cfg_scale=0.0, suppr
             above = sum(confidence > threshold for confidence, _, _ in candidates) if threshold else 0
             for _, i, token in candidates[: max(number, above)]:
                 canvas[i] = token
-            taken += 1
+            taken += 2 if cfg_scale else 1
     return canvas[len(prompt) :], taken
 
 
@@ -184,6 +186,10 @@ def test_the_head_is_computed_for_the_block_only(model, prompts):
         ({"threshold": 1.0}, "threshold"),
         ({"remasking": "high"}, "remasking 'high'"),
         ({"cache": "all"}, "cache 'all'"),
+        ({"threshold": "high"}, "threshold 'high' is not of type float"),
+        ({"steps": 256.0}, "steps 256.0 is not of type int"),
+        ({"temperature": float("inf")}, "temperature and cfg_scale must be"),
+        ({"cfg_scale": float("nan")}, "temperature and cfg_scale must be"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(options, said):
@@ -192,7 +198,16 @@ def test_settings_that_do_not_fit_are_refused(options, said):
 
 
 def test_prompts_that_do_not_fit_are_refused(model):
-    with pytest.raises(InputError, match="a prompt is empty"):
+    with pytest.raises(InputError, match="prompt 2 is empty"):
         decode.decode(model, [[5], []], Settings(16, 4, 4))
-    with pytest.raises(InputError, match="1009 tokens and gen_length 16 are more than the model's 1024 positions"):
-        decode.decode(model, [[5] * 1009], Settings(16, 4, 4))
+    with pytest.raises(InputError, match="prompt 3 has 1009 tokens; with gen_length 16 that is more than the model's"):
+        decode.decode(model, [[5], [5] * 1008, [5] * 1009], Settings(16, 4, 4))
+
+
+@pytest.mark.parametrize("key", ["mask_token_id", "pad_token_id", "eos_token_id"])
+@pytest.mark.parametrize("value", [None, -1, 400])
+def test_a_config_without_the_tokens_of_decoding_is_refused(model, key, value):
+    config = copy.deepcopy(model.config)
+    setattr(config, key, value)
+    with pytest.raises(InputError, match=f"config.json has {key} {value}"):
+        decode.make_canvas(config, [[5]], 16, "cpu")

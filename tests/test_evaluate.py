@@ -1,6 +1,7 @@
 """evaluate.py: real runs on the tiny checkpoint, interrupted ones too, on 1 and 2 ranks."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,8 +148,9 @@ def test_another_run_is_not_mixed_in(whole, base, data, tmp_path, call):
         ('{"question": "a"}\n', "line 1 needs a text as question or problem or query"),
         ('{"question": " ", "answer": "1"}\n', "line 1 needs a text"),
         ('{"question": "a", "answer": 1}\n', "line 1 needs a text"),
-        ('{"question": "a", "answer": "one"}\n', "line 1 has no number in its answer"),
-        ('{"question": "%s", "answer": "1"}\n' % ("a b " * 2000), "are more than the model's 1024 positions"),
+        ('{"question": "a", "answer": "one"}\n', "line 1: nothing can be read in its answer"),
+        ('{"question": "\\udfff", "answer": "1"}\n', "line 1 is no JSON in UTF-8"),
+        ('{"question": "%s", "answer": "1"}\n' % ("a b " * 2000), "more than the model's 1024 positions"),
     ],
 )
 def test_bad_problems_are_refused(base, tmp_path, call, lines, said):
@@ -169,7 +171,51 @@ def test_other_bad_input_is_refused(base, data, tmp_path, call):
     ):
         code, _, err = call(*flags, *more)
         assert code == 1 and said in err, (more, err)
+    twin = tmp_path / "other" / base.name
+    twin.parent.mkdir()
+    twin.symlink_to(base)
+    code, _, err = call(*flags, "--compare", base, twin, *SHORT)
+    assert code == 1 and "both models are called" in err
     (tmp_path / "file").write_text("")
     code, _, err = call("--model", base, "--data", data, "--output", tmp_path / "file", *SHORT)
     assert code == 1 and "cannot be written" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_second_model_is_checked_before_the_first_answers(whole, base, data, tmp_path, call):
+    """With the results of another run in the second folder, nothing is answered for the first."""
+    (tmp_path / "tuned").symlink_to(base)
+    models = ("--compare", base, tmp_path / "tuned", "--data", data, "--output", tmp_path / "out")
+    (tmp_path / "out/tuned-gsm8k").mkdir(parents=True)
+    (tmp_path / "out/tuned-gsm8k/settings.json").write_text('{"model": "another"}')
+    code, _, err = call(*models, *SHORT)
+    assert code == 1 and "tuned-gsm8k holds the results of another run: model was 'another'" in err
+    assert not list(tmp_path.rglob("answers*"))
+
+
+def test_another_chat_template_is_another_run(whole, base, data, tmp_path, call):
+    copy = tmp_path / base.name
+    shutil.copytree(base, copy)  # with the times of the files, so that the weights count as the same
+    flags = ("--model", copy, "--data", data, "--output", tmp_path / "out", *SHORT)
+    assert call(*flags)[0] == 0
+    template = copy / "chat_template.jinja"
+    template.write_text(template.read_text().replace("'<|start_header_id|>'", "'<|start_header_id|>the '"))
+    code, _, err = call(*flags)
+    assert code == 1 and "sha256 was" in err
+
+
+@pytest.mark.parametrize("line", [b'{"problem": 3}', b"[1]", b'{"problem": 3, "completion": "\xc3'])
+def test_a_damaged_line_is_named(base, data, tmp_path, call, line):
+    flags = ("--model", base, "--data", data, "--output", tmp_path, *SHORT)
+    assert call(*flags)[0] == 0
+    file = tmp_path / f"{base.name}-gsm8k/answers.jsonl"
+    file.write_bytes(line + b"\n" + file.read_bytes())
+    code, _, err = call(*flags)
+    assert code == 1 and "answers.jsonl is damaged at" in err
+
+
+def test_what_only_the_first_rank_meets_ends_all_with_one_sentence(whole, base, data, tmp_path):
+    (tmp_path / "out").write_text("a file where the folder should be")
+    done = launch(2, "evaluate.py", "--model", base, "--data", data, "--output", tmp_path / "out", *SHORT, cwd=tmp_path)
+    assert done.returncode != 0 and "cannot be written" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr.split("CalledProcessError")[0]

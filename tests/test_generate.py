@@ -53,6 +53,7 @@ def test_completion_ends_where_the_answer_does(base, tokenizer):
         ('{"prompt": ""}\n', "line 1 is not a row"),
         ('{"prompt": 3}\n', "line 1 is not a row"),
         ("[]\n", "line 1 is no JSON object"),
+        ('{"prompt": "\\ud800"}\n', "line 1 is no JSON in UTF-8"),
     ],
 )
 def test_a_bad_prompts_file_is_refused(base, tmp_path, call, lines, said):
@@ -66,9 +67,12 @@ def test_other_bad_input_is_refused(base, tmp_path, call):
     model = ("--model", base)
     for flags, said in (
         ((*model, "--prompt", " "), "--prompt is empty"),
+        ((*model, "--prompt", "a\udcff"), "--prompt is not in UTF-8"),
+        ((*model, "--prompt", "a", "--seed", 2**63), "--seed 9223372036854775808 must be"),
+        ((*model, "--prompts", "in", "--output", tmp_path / "no/out.jsonl"), "no is not a folder that can be written"),
         ((*model, "--prompt", "a", "--gen_length", 30), "gen_length 30 is not a multiple of block_length 32"),
         ((*model, "--prompt", "a", "--steps", 100), "steps 100 is not a multiple of the 8 blocks"),
-        ((*model, "--prompt", "a" * 4000, "--raw"), "are more than the model's 1024 positions"),
+        ((*model, "--prompt", "a" * 4000, "--raw"), "more than the model's 1024 positions"),
         (("--model", tmp_path, "--prompt", "a"), "tokenizer"),
         (("--model", tmp_path / "missing", "--prompt", "a"), "is not a local folder"),
         ((*model, "--prompts", tmp_path / "missing.jsonl", "--output", tmp_path / "out.jsonl"), "missing.jsonl"),

@@ -79,8 +79,15 @@ def test_answers_are_decoded_and_cut_at_the_stop_texts(lm, tokenizer):
 def test_unknown_arguments_are_refused(base):
     with pytest.raises(InputError, match="model_args colour"):
         lm_eval_llada.LLaDA(str(base), colour=3)
-    with pytest.raises(InputError, match="batch_size auto"):
-        lm_eval_llada.LLaDA(str(base), batch_size="auto")
+    for key, value in (("batch_size", "auto"), ("batch_size", 0), ("mc_samples", 0), ("dtype", "float8")):
+        with pytest.raises(InputError, match=f"{key} '?{value}"):
+            lm_eval_llada.LLaDA(str(base), **{key: value})
+
+
+def test_the_last_turn_of_an_assistant_can_be_continued(lm):
+    turns = [{"role": "user", "content": "3 + 4?"}, {"role": "assistant", "content": "The answer is"}]
+    assert lm.apply_chat_template(turns[:1]).endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
+    assert lm.apply_chat_template(turns, add_generation_prompt=False).endswith("\n\nThe answer is")
 
 
 def test_local_tasks_through_the_command_line(base, tokenizer, tmp_path):

@@ -21,7 +21,7 @@ DRAWS, BATCH = 8000, 200
 
 @pytest.fixture(scope="module")
 def model():
-    from demo.make_base import make_config
+    from experiments.make_base import make_config
 
     torch.manual_seed(0)
     return llada.LLaDAForCausalLM(make_config(24, 64, 1))

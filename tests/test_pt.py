@@ -338,7 +338,7 @@ def test_encode_equals_one_row_at_a_time(tokenizer, filter_type):
         row["type"] = "GSM_Rephrased" if i % 7 == 0 else "MATH_AnsAug"
         if i % 50 == 3:
             row["response"] = " "
-    max_len = 150
+    max_len = 115
     kept, counts = pt.encode(datasets.Dataset.from_list(rows), tokenizer, max_len, 0, filter_type)
     expected, expected_counts = one_by_one(rows, tokenizer, max_len, filter_type)
     assert kept == expected

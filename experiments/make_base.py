@@ -1,13 +1,16 @@
-"""A tiny base model in LLaDA's format: byte-level BPE tokenizer, config, and weights from a short masked pre-training.
+"""A tiny base model in LLaDA's format: byte-level BPE tokenizer, config, weights from full-sequence pre-training.
 
-    python -m demo.make_base --data FOLDER --output FOLDER --steps 200
+    python -m experiments.make_data --output pretrain --rows 100000 --seed 0
+    python -m experiments.make_base --data pretrain --output demo/base --steps 2000
 
 --data is a folder of jsonl with query and response; its texts train the tokenizer and the model.
 """
 
 import argparse
+import copy
 import time
-from pathlib import Path
+from collections import deque
+from statistics import fmean
 
 import torch
 from datasets import load_dataset
@@ -31,9 +34,13 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(texts, vocab_size):
-    """A byte-level BPE tokenizer trained on texts, with LLaDA's special tokens and chat template."""
+    """A byte-level BPE tokenizer trained on texts, with LLaDA's special tokens and chat template.
+
+    Every digit is a token. Other tokens may span words: the prompt of training (pt.INSTRUCTION) becomes a few of them.
+    """
     tokenizer = Tokenizer(models.BPE())
-    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -51,35 +58,41 @@ def make_tokenizer(texts, vocab_size):
 
 
 def make_config(vocab_size, d_model, n_layers):
-    """A LLaDA config with the hub's keys (GSAI-ML/LLaDA-8B-Instruct: config.json), smaller."""
+    """A LLaDA config with the hub's keys (GSAI-ML/LLaDA-8B-Instruct: config.json), smaller.
+
+    initializer_range: one over the root of the width. With LLaDA's 0.02, attention is uniform at this width, and stayed
+    so for thousands of steps.
+    """
     return llada.LLaDAConfig.from_dict(
         llada.ONLY
         | {
             "model_type": "llada", "architectures": ["LLaDAModelLM"], "dtype": "bfloat16",
-            "d_model": d_model, "n_layers": n_layers, "n_heads": d_model // 64, "n_kv_heads": d_model // 64,
+            "d_model": d_model, "n_layers": n_layers, "n_heads": d_model // 32, "n_kv_heads": d_model // 32,
             "mlp_hidden_size": 3 * d_model, "vocab_size": vocab_size, "embedding_size": vocab_size,
-            "max_sequence_length": 1024, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "weight_tying": False,
+            "max_sequence_length": 1024, "initializer_range": d_model**-0.5,
+            "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "weight_tying": False,
             "mask_token_id": MASK_ID, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
         }
     )  # fmt: skip
 
 
 def pretrain(model, rows, steps, batch_size, lr):
-    """Trains all weights to fill in masked tokens anywhere in prompt and answer. Returns the last loss."""
+    """Trains all weights with the masks of the baseline, all over the answers. Yields step, mean of last losses."""
     generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=100)  # warm-up
     ids = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(ids) for _, ids in rows], batch_first=True, padding_value=model.config.pad_token_id
     )
-    length = torch.tensor([len(ids) for _, ids in rows])
-    bar = tqdm(range(steps), desc="pre-training", unit="step")
-    for _ in bar:
+    prompt_len, length = torch.tensor([(start, len(ids)) for start, ids in rows]).T
+    losses = deque(maxlen=50)
+    bar = tqdm(range(1, steps + 1), desc="pre-training", unit="step")
+    for step in bar:
         some = torch.randint(len(ids), (batch_size,), generator=generator)
         longest = int(length[some].max())
         batch = ids[some, :longest]  # (B, L)
         hidden, scored, _ = masking.full_sequence_masks(
-            torch.zeros_like(some), length[some], longest, mask_prob_eps=1e-3, generator=generator
+            prompt_len[some], length[some], longest, mask_prob_eps=1e-3, generator=generator
         )
         logits = model(input_ids=batch.masked_fill(hidden, MASK_ID), logits_to_keep=scored).logits  # (n, V)
         loss = masking.loss(logits, batch[scored], masking.sample_mean_weights(scored)[scored])
@@ -88,36 +101,39 @@ def pretrain(model, rows, steps, batch_size, lr):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-    return loss.item()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{fmean(losses):.3f}")
+        yield step, fmean(losses)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder with jsonl files of query and response")
     parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=200, help="pre-training steps; 0 = random weights")
-    parser.add_argument("--vocab_size", type=int, default=512, help="the tokenizer uses at most 4096 of it")
-    parser.add_argument("--d_model", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=2000, help="pre-training steps")
+    parser.add_argument("--vocab_size", type=int, default=640, help="the tokenizer uses at most 4096 of it")
+    parser.add_argument("--d_model", type=int, default=128)
     parser.add_argument("--n_layers", type=int, default=4)
-    parser.add_argument("--max_shard_size", default="4MB")
+    parser.add_argument("--save_every", type=int, default=0, help="steps between copies, to choose from; 0 = none")
     args = parser.parse_args()
     torch.manual_seed(0)
     began = time.perf_counter()
 
     dataset = load_dataset(args.data, split="train")
-    texts = (pt.user_turn(row["query"])["content"] + row["response"] for row in dataset)
-    tokenizer = make_tokenizer(texts, vocab_size=min(args.vocab_size, 4096))
+    texts = [
+        ["user", "\n\n" + pt.user_turn(row["query"])["content"], "assistant", "\n\n" + row["response"]]
+        for row in dataset.select(range(min(3000, len(dataset))))
+    ]
+    tokenizer = make_tokenizer(sum(texts, []), vocab_size=min(args.vocab_size, 4096))
     model = llada.LLaDAForCausalLM(make_config(args.vocab_size, args.d_model, args.n_layers))
-    loss = float("nan")
-    if args.steps:
-        rows, _ = pt.encode(dataset, tokenizer, max_len=256, max_samples=0, filter_type="")
-        loss = pretrain(model, rows, args.steps, batch_size=32, lr=2e-3)
-    model.to(torch.bfloat16).save_pretrained(args.output, max_shard_size=args.max_shard_size)
-    tokenizer.save_pretrained(args.output)
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    seconds = time.perf_counter() - began
-    print(f"{Path(args.output)}: {size:.1f} M parameters, loss {loss:.3f} after {args.steps} steps, {seconds:.0f} s")
+    rows, _ = pt.encode(dataset, tokenizer, max_len=256, max_samples=0, filter_type="")
+    for step, loss in pretrain(model, rows, args.steps, batch_size=128, lr=1e-3):
+        if step == args.steps or (args.save_every and step % args.save_every == 0):
+            folder = args.output if step == args.steps else f"{args.output}_step{step:04d}"
+            copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            size, seconds = sum(p.numel() for p in model.parameters()) / 1e6, time.perf_counter() - began
+            print(f"{folder}: {size:.1f} M parameters, loss {loss:.3f} after {step} steps, {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
