@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run
 
 import train_blockwise
 
@@ -23,19 +23,17 @@ def blocks(language):
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory, base, dataset_folder):
-    """A folder that looks like the clone after demo.sh: the repository's files, and demo_run with base and data."""
+def clone(tmp_path_factory):
+    """A folder that looks like the clone after demo.sh: the repository's files, and demo_run with its problems."""
     folder = tmp_path_factory.mktemp("clone")
     for file in ROOT.iterdir():
-        if file.suffix in (".py", ".sh", ".txt") or file.name in ("adapters", "benchmarks", "demo"):
+        if file.suffix in (".py", ".sh", ".txt") or file.name in ("adapters", "benchmarks", "demo", "experiments"):
             (folder / file.name).symlink_to(file)
     (folder / ".venv/bin").mkdir(parents=True)
     (folder / ".venv/bin/activate").write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
-    (folder / "demo_run").mkdir()
-    (folder / "demo_run/base").symlink_to(base)
-    (folder / "demo_run/data").mkdir()
-    rows = (dataset_folder / "train.jsonl").read_text()
-    (folder / "demo_run/data/train.jsonl").write_text(rows * 4)
+    for name, rows in (("data", 1600), ("heldout", 16)):
+        make = ("experiments/make_data.py", "--output", folder / "demo_run" / name, "--rows", rows)
+        assert run(*make).returncode == 0
     return folder
 
 
@@ -51,7 +49,7 @@ def test_every_command_runs_or_says_what_it_needs(clone):
     env = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}
     done = subprocess.run(["bash", "-euc", small], cwd=clone, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (clone / "loss.png").exists() and (clone / "ckpts_mine_step0020/config.json").exists()
+    assert (clone / "loss.png").exists() and (clone / "ckpts_mine_step0050/config.json").exists()
     for row in re.findall(r"^\| (\d+) \| ([\d.]+) \| (True|False) \| (\d+) \| (\d+) \|$", README, re.MULTILINE):
         assert re.search(r"\s+".join(map(re.escape, row)), done.stdout), (
             row

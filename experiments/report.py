@@ -1,0 +1,114 @@
+"""results.csv as one table and one figure per claim: means over the seeds with 95 % intervals.
+
+    python experiments/report.py
+
+Writes experiments/report.md and experiments/figures/*.png. The intervals are Student's t over the seeds: they tell how
+much another seed would change, not another base or task.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))
+
+from cli import InputError, run  # noqa: E402
+
+TITLES = {
+    "C1": "block-wise against full-sequence at equal FLOPs",
+    "C2": "block-wise against full-sequence at equal supervised tokens",
+    "C3": "training block size against decoding block size",
+    "C4": "noise in the prefix",
+    "C5": "share of the suffix that is hidden",
+    "K1": "no blocks: from a block's start to the end of the answer",
+    "K2": "block loss with a visible future",
+    "K3": "the padding up to MAX_LEN as part of the answer (decoded with gen_length 32)",
+    "K4": "loss weighted 1/p x number of blocks",
+    "K5": "fewer decoding steps",
+}
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student, two-sided
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", default=str(HERE / "results.csv"))
+    parser.add_argument("--output", default=str(HERE), help="folder of report.md and figures/")
+    args = parser.parse_args()
+    claims, output = read(args.results), Path(args.output)
+    (output / "figures").mkdir(parents=True, exist_ok=True)
+    text = ["# Results\n\nWritten by `python experiments/report.py` from results.csv.\n"]
+    for claim, settings in claims.items():
+        text.append(table(claim, settings))
+        draw(claim, settings, output / "figures" / f"{claim}.png")
+    (output / "report.md").write_text("\n".join(text))
+    print(f"{output}/report.md: {', '.join(claims)}")
+
+
+def read(path):
+    """{claim: {setting: rows, one per seed}}, claims in the order of TITLES. Raises InputError."""
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise InputError(
+            f"--results {path} cannot be read: {error.strerror}; write it with experiments/run.py."
+        ) from error
+    claims = {claim: {} for claim in TITLES if any(row["claim"] == claim for row in rows)}
+    for row in rows:
+        claims[row["claim"]].setdefault(row["setting"], []).append(row)
+    return claims
+
+
+def interval(values):
+    """Mean and half the width of its 95 % interval over the seeds (0 for one seed)."""
+    if len(values) < 2:
+        return fmean(values), 0.0
+    return fmean(values), T95[len(values) - 1] * stdev(values) / len(values) ** 0.5
+
+
+def table(claim, settings):
+    """A claim's table in Markdown."""
+    lines = [
+        f"## {claim}: {TITLES[claim]}\n\n![{claim}](figures/{claim}.png)\n",
+        "| setting | seeds | steps | supervised tokens | seconds | Pass@1 | token accuracy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for setting, rows in settings.items():
+        passed, tokens = (
+            "{:.1%} ± {:.1%}".format(*interval([float(row[key]) for row in rows]))
+            for key in ("pass_at_1", "token_accuracy")
+        )
+        supervised = fmean(int(row["supervised_tokens"]) for row in rows)
+        seconds = fmean(float(row["seconds"]) for row in rows)
+        start = f"| {setting} | {len(rows)} | {rows[0]['steps']} | {supervised:,.0f} | {seconds:.0f} |"
+        lines.append(f"{start} {passed} | {tokens} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(claim, settings, path):
+    """Pass@1 and token accuracy of each setting, with intervals, and a dot per seed."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 1.2 + 0.35 * len(settings)), sharey=True, layout="constrained")
+    for panel, (key, label) in zip(panels, (("pass_at_1", "Pass@1"), ("token_accuracy", "token accuracy"))):
+        for y, rows in enumerate(settings.values()):
+            values = [100 * float(row[key]) for row in rows]
+            mean, half = interval(values)
+            panel.errorbar(mean, y, xerr=half, fmt="o", color="C0", capsize=3)
+            panel.plot(values, [y] * len(values), ".", color="0.6", zorder=0)
+        panel.set(xlabel=f"{label} (%)", yticks=range(len(settings)), yticklabels=settings)
+        panel.grid(axis="x", alpha=0.3)
+    panels[0].invert_yaxis()
+    figure.suptitle(f"{claim}: {TITLES[claim]}")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run(main)
