@@ -1,10 +1,14 @@
 """chat.py: in a real terminal, through a pipe, and what it draws."""
 
+import fcntl
 import os
 import pty
+import re
 import select
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import torch
@@ -23,8 +27,9 @@ LONG = ("--gen_length", "512", "--block_length", "32", "--steps", "512")
 class Terminal:
     """chat.py in a pseudo-terminal."""
 
-    def __init__(self, *flags):
+    def __init__(self, *flags, rows=25, columns=80):
         self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "chat.py"), *map(str, flags)], stdin=slave, stdout=slave, stderr=slave,
             start_new_session=True, env=os.environ | {"TERM": "xterm"},
@@ -54,6 +59,25 @@ def test_ctrl_c_stops_an_answer_and_then_the_conversation(base):
     terminal.wait_for("> ")
     time.sleep(1)  # until it waits for the line
     terminal.process.send_signal(2)
+    assert terminal.process.wait(timeout=30) == 0
+
+
+def test_an_answer_higher_than_the_terminal_is_drawn_in_it_and_printed_whole_at_the_end(base, tokenizer):
+    flags = ("--gen_length", "48", "--block_length", "48", "--steps", "24")
+    terminal = Terminal("--model", base, *flags, rows=5, columns=20)
+    terminal.wait_for("> ")
+    terminal.type("Ada has 3 pens.\n")
+    seen = terminal.wait_for("\n> ")
+    model = llada.load_model(base, torch.float32).eval()
+    prompt = pt.prompt_ids(tokenizer, [{"role": "user", "content": "Ada has 3 pens."}])
+    ids, _ = decode.decode(model, [prompt], Settings(48, 48, 24))
+    answer = decode.completion(tokenizer, ids[0].tolist(), ENDS)
+    assert len(answer) > 5 * 20
+    ups = [len(run) // len("\x1b[1A\x1b[2K") for run in re.findall(r"(?:\x1b\[1A\x1b\[2K)+", seen)]
+    assert len(ups) > 20 and max(ups) <= 4, "a frame was higher than the terminal: the rest of it would stay there"
+    last = re.split(r"\x1b\[\?25h", seen)[-1]  # once the drawing is over
+    assert "".join(re.sub(r"\x1b\[[0-9;?]*\w", "", last).split()).rstrip(">") == "".join(answer.split())
+    terminal.type("\x04")
     assert terminal.process.wait(timeout=30) == 0
 
 

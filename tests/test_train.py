@@ -20,6 +20,7 @@ import masking
 import sft
 import train_blockwise
 from cli import InputError
+from place import Place
 from settings import Settings
 
 KNOBS = {
@@ -185,6 +186,19 @@ def test_saving_sampling_and_checkpointing_do_not_change_the_training(trained, p
     prompts = [tokenizer.decode(row["full_ids"][: row["prompt_len"]]) for row in read(pt_file)[:4]]
     assert [(row["step"], row["prompt"]) for row in samples] == [(step, text) for step in (2, 4) for text in prompts]
     assert not (plain / "out/run_logs/samples.jsonl").exists()
+
+
+@pytest.mark.parametrize("checkpointing, passes", [(False, 1), (True, 2)])
+def test_gradient_checkpointing_runs_each_layer_again(base, checkpointing, passes):
+    """In the first step already: a loaded model is in evaluation mode, in which it would do nothing."""
+    knobs = {k: v for k, v in vars(train_blockwise).items() if k.isupper()} | KNOBS
+    knobs = SimpleNamespace(**knobs | {"GRADIENT_CHECKPOINTING": checkpointing})
+    model = sft.lora_model(base, knobs, Place(0, 1, 0, 1, torch.device("cpu")))
+    layers, calls = model.base_model.model.model.layers, []
+    for layer in layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    model(torch.arange(8, 40)[None]).logits.square().mean().backward()
+    assert len(calls) == passes * len(layers)
 
 
 def test_samples_are_decoded_with_the_adapters(base, pt_file, tokenizer, tmp_path):
