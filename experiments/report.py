@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
 
 from cli import InputError, run  # noqa: E402
+from experiments.run import CLAIMS  # noqa: E402
 
 TITLES = {
     "C1": "block-wise against full-sequence at equal FLOPs",
@@ -34,7 +35,7 @@ TITLES = {
     "K4": "loss weighted 1/p x number of blocks",
     "K5": "fewer decoding steps",
 }
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student, two-sided
+T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, two-sided, for 2 to 10 seeds
 
 
 def main():
@@ -53,7 +54,7 @@ def main():
 
 
 def read(path):
-    """{claim: {setting: rows, one per seed}}, claims in the order of TITLES. Raises InputError."""
+    """{claim: {setting: rows, one per seed}}, in the order of experiments/run.py. Raises InputError."""
     try:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
@@ -61,17 +62,20 @@ def read(path):
         raise InputError(
             f"--results {path} cannot be read: {error.strerror}; write it with experiments/run.py."
         ) from error
-    claims = {claim: {} for claim in TITLES if any(row["claim"] == claim for row in rows)}
-    for row in rows:
-        claims[row["claim"]].setdefault(row["setting"], []).append(row)
-    return claims
+    claims = {claim: {setting.name: [] for setting in settings} for claim, settings in CLAIMS.items()}
+    for number, row in enumerate(rows, start=2):
+        if row["setting"] not in claims.get(row["claim"], {}):
+            raise InputError(f"--results {path}, line {number}: experiments/run.py has no such claim and setting.")
+        claims[row["claim"]][row["setting"]].append(row)
+    claims = {claim: {name: rows for name, rows in settings.items() if rows} for claim, settings in claims.items()}
+    return {claim: settings for claim, settings in claims.items() if settings}
 
 
 def interval(values):
-    """Mean and half the width of its 95 % interval over the seeds (0 for one seed)."""
+    """Mean and half the width of its 95 % interval over the seeds (0 for one seed; a little wide for more than 10)."""
     if len(values) < 2:
         return fmean(values), 0.0
-    return fmean(values), T95[len(values) - 1] * stdev(values) / len(values) ** 0.5
+    return fmean(values), T95[min(len(values), 10) - 2] * stdev(values) / len(values) ** 0.5
 
 
 def table(claim, settings):
@@ -104,7 +108,7 @@ def draw(claim, settings, path):
             panel.plot(values, [y] * len(values), ".", color="0.6", zorder=0)
         panel.set(xlabel=f"{label} (%)", yticks=range(len(settings)), yticklabels=settings)
         panel.grid(axis="x", alpha=0.3)
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(settings) - 0.5, -0.5)
     figure.suptitle(f"{claim}: {TITLES[claim]}")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -51,17 +51,18 @@ def test_a_smoke_run_its_continuation_and_its_report(tmp_path):
     lines = results.read_text().splitlines()
     rows = {(row["claim"], row["setting"]): row for row in csv.DictReader(lines)}
     assert lines[0] == COLUMNS and list(rows) == [
-        ("C1", "full sequence"), ("C1", "block-wise"), ("K1", "block-wise"), ("K1", "rest of the answer"),
+        ("C1", "base"), ("C1", "full sequence"), ("C1", "block-wise"), ("K1", "block-wise"), ("K1", "rest of the answer"),
     ]  # fmt: skip
-    assert lines[2][3:] == lines[3][3:], "K1 shares the training of C1"
+    assert lines[3][3:] == lines[4][3:], "K1 shares the training of C1"
     # 4 steps of 32 rows with 17 tokens in blocks of 4, 4, 4, 4 and 1; half of what is scored is hidden on average
     expected = {"full sequence": 17 / 2, "block-wise": 17 / 5 / 2, "rest of the answer": (17 + 13 + 9 + 5 + 1) / 5 / 2}
-    for (_, setting), row in rows.items():
+    assert lines[1].startswith("C1,base,0,0,0,0.0,")
+    for (_, setting), row in list(rows.items())[1:]:
         assert row["steps"] == "4" and row["n"] == "20"
         assert int(row["supervised_tokens"]) / 128 == pytest.approx(expected[setting], rel=0.25)
 
     trained = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.safetensors")}
-    results.write_text("\n".join(lines[:2]) + "\n")  # as if it had been interrupted
+    results.write_text("\n".join(lines[:3]) + "\n")  # as if it had been interrupted
     done = run(*command)
     assert done.returncode == 0 and results.read_text().splitlines() == lines
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.safetensors")} == trained
@@ -73,9 +74,14 @@ def test_a_smoke_run_its_continuation_and_its_report(tmp_path):
 
 
 def test_bad_input_is_one_sentence(tmp_path):
+    (tmp_path / "old.csv").write_text(COLUMNS + "\nC1,something else,0,4,100,1.0,0.5,0.9,20\n")
     for command, said in (
         (("experiments/run.py", "C1", "C9"), "C9: no such claim"),
         (("experiments/report.py", "--results", tmp_path / "missing.csv"), "missing.csv cannot be read"),
+        (
+            ("experiments/report.py", "--results", tmp_path / "old.csv"),
+            "old.csv, line 2: experiments/run.py has no such",
+        ),
     ):
         done = run(*command)
         assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
@@ -85,6 +91,9 @@ def test_intervals_are_students():
     mean, half = report.interval([1.0, 2.0, 3.0])
     assert mean == 2.0 and half == pytest.approx(4.303 * 1.0 / 3**0.5)
     assert report.interval([0.5]) == (0.5, 0.0)
+    _, half = report.interval(list(range(10)))
+    assert half == pytest.approx(2.262 * (110 / 12) ** 0.5 / 10**0.5)
+    assert report.interval(list(range(30)))[1] > 0
 
 
 def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
