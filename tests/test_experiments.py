@@ -51,7 +51,8 @@ def test_a_smoke_run_its_continuation_and_its_report(tmp_path):
     lines = results.read_text().splitlines()
     rows = {(row["claim"], row["setting"]): row for row in csv.DictReader(lines)}
     assert lines[0] == COLUMNS and list(rows) == [
-        ("C1", "base"), ("C1", "full sequence"), ("C1", "block-wise"), ("K1", "block-wise"), ("K1", "rest of the answer"),
+        ("C1", "base"), ("C1", "full sequence"), ("C1", "block-wise"),
+        ("K1", "block-wise"), ("K1", "rest of the answer"),
     ]  # fmt: skip
     assert lines[3][3:] == lines[4][3:], "K1 shares the training of C1"
     # 4 steps of 32 rows with 17 tokens in blocks of 4, 4, 4, 4 and 1; half of what is scored is hidden on average
@@ -80,7 +81,7 @@ def test_bad_input_is_one_sentence(tmp_path):
         (("experiments/report.py", "--results", tmp_path / "missing.csv"), "missing.csv cannot be read"),
         (
             ("experiments/report.py", "--results", tmp_path / "old.csv"),
-            "old.csv, line 2: experiments/run.py has no such",
+            "old.csv, line 2: experiments/run.py has no",
         ),
     ):
         done = run(*command)
