@@ -33,10 +33,15 @@ def end_ids(model, tokenizer):
     return sorted(known - {None})
 
 
+def length(ids, ends):
+    """The number of tokens of an answer (a list of ids) with the first one that ends it."""
+    return next((number for number, token in enumerate(ids, start=1) if token in ends), len(ids))
+
+
 def completion(tokenizer, ids, ends):
     """The text of an answer (a list of ids), up to the first id that ends it."""
-    length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    return tokenizer.decode(ids[:length], skip_special_tokens=True)
+    ids = [token for token in ids[: length(ids, ends)] if token not in ends]
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def decode(model, prompts, settings, end_ids=(), generator=None):

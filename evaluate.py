@@ -162,12 +162,9 @@ def answer(name, problems, prompts, batches, todo, folder, args, settings, place
         cost = {"forwards": rows / len(batch), "seconds": (time.perf_counter() - began) / len(batch)}
         lines = []
         for i, answer in zip(batch, ids):
-            length = next((n for n, token in enumerate(answer, start=1) if token in ends), len(answer))
-            text = decode.completion(tokenizer, answer, ends)
-            correct = right(text, problems[i]["gold"])
-            lines.append(
-                {"problem": i, **problems[i], "completion": text, "correct": correct, "tokens": length, **cost}
-            )
+            text, tokens = decode.completion(tokenizer, answer, ends), decode.length(answer, ends)
+            result = {"completion": text, "correct": right(text, problems[i]["gold"]), "tokens": tokens}
+            lines.append({"problem": i} | problems[i] | result | cost)
         append(folder / f"answers.rank{place.rank}.jsonl", lines)
         bar.update(len(batch))
     bar.close()
