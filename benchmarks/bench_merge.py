@@ -57,7 +57,7 @@ def plain(folder, out):
 
 
 def measure(way, folder, args):
-    """Runs one way in this process, or makes the checkpoint. Prints seconds and the growth of its memory (MB) as JSON."""
+    """Runs one way in this process, or makes the checkpoint. Prints seconds and MB of memory growth as JSON."""
     before, began = memory(), time.perf_counter()
     if way == "make":
         make(folder, args.gigabytes, args.d_model, args.vocab_size)
