@@ -9,11 +9,14 @@ in the CSV already is not run again, so that an interrupted command continues wh
 
 import argparse
 import csv
+import fcntl
 import hashlib
+import importlib
 import os
 import random
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -23,12 +26,13 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
 from cli import InputError, run  # noqa: E402
+from experiments.make_data import DIGITS  # noqa: E402
 
 BASE = ROOT / "demo/base"
-STEPS, BATCH, ROWS, HELD_OUT = 100, 32, 16_000, 300  # no training is longer than ROWS, so that no row comes twice
-BLOCK, GEN_LENGTH = 4, 16  # an answer has 16 tokens and the one that ends it: 5 blocks in training
+ROWS, BATCH, HELD_OUT = 1_600, 32, 300  # every training has the same rows; an epoch is 50 steps
+BLOCK, GEN_LENGTH = 4, 16  # an answer has 16 tokens, the last 13 of them digits
 KNOBS = {
-    "MODEL": BASE, "MASK_ID": 4, "MAX_LEN": 64, "MAX_SAMPLES": 0, "BF16": False, "MICRO_BSIZE": BATCH, "LR": 2e-3,
+    "MASK_ID": 4, "MAX_LEN": 52, "MAX_SAMPLES": 0, "BF16": False, "MICRO_BSIZE": BATCH, "LR": 2e-3,
     "LORA_R": 16, "LORA_ALPHA": 32, "LORA_DROPOUT": 0.0,
 }  # fmt: skip
 COLUMNS = ["claim", "setting", "seed", "steps", "supervised_tokens", "seconds", "pass_at_1", "token_accuracy", "n"]
@@ -42,7 +46,6 @@ class Setting:
     name: str
     script: str = BLOCKWISE  # "" = the base as it is
     knobs: dict = field(default_factory=dict)
-    longer: int = 1  # times STEPS
     decoding: dict = field(default_factory=dict)
 
 
@@ -54,18 +57,22 @@ def decoding(block, steps_per_block=None, gen_length=GEN_LENGTH):
 BOTH = (("full sequence", FULLSEQ), ("block-wise", BLOCKWISE))
 CLAIMS = {
     "C1": [Setting("base", ""), *(Setting(name, script) for name, script in BOTH)],
-    "C2": [Setting("full sequence", FULLSEQ), Setting("block-wise, 5 times the steps", longer=5)],
+    "C2": [  # in 4 epochs, every row trains each of its 4 blocks once
+        Setting("full sequence, 1 epoch", FULLSEQ),
+        Setting("block-wise, 4 epochs", knobs={"EPOCHS": 4}),
+        Setting("full sequence, 4 epochs", FULLSEQ, {"EPOCHS": 4}),
+    ],
     "C3": [
         Setting(f"training {train}, decoding {block}", knobs={"BLOCK_SIZE": train}, decoding=decoding(block))
-        for train in (1, 4, 8, 17)
+        for train in (1, 4, 8, 16)
         for block in (1, 4, 8, 16)
     ],
     "C4": [Setting(f"prefix noise {rate}", knobs={"PREFIX_MASK_RATE": rate}) for rate in (0.0, 0.1, 0.2, 0.5)],
     "C5": [Setting(f"suffix hidden {rate}", knobs={"SUFFIX_MASK_PROB": rate}) for rate in (1.0, 0.5, 0.0)],
     "K1": [Setting("block-wise"), Setting("rest of the answer", CAUSAL)],
     "K2": [Setting("block-wise"), Setting("visible future", knobs={"SUFFIX_MASK_PROB": 0.0})],
-    "K3": [
-        Setting(f"{name}, {what}", script, {"EOS_TAIL": tail}, decoding=decoding(BLOCK, gen_length=32))
+    "K3": [  # 12 tokens of padding behind the answer
+        Setting(f"{name}, {what}", script, {"EOS_TAIL": tail, "MAX_LEN": 64}, decoding(BLOCK, gen_length=28))
         for name, script in BOTH
         for what, tail in (("answer only", False), ("EOS tail", True))
     ],
@@ -75,7 +82,7 @@ CLAIMS = {
         for what, bound in (("masked mean", False), ("1/p", True))
     ],
     "K5": [
-        Setting(f"{name}, {steps} steps a block of 8", script, knobs, decoding=decoding(8, steps))
+        Setting(f"{name}, {steps} steps a block of 8", script, knobs, decoding(8, steps))
         for name, script, knobs in (("full sequence", FULLSEQ, {}), ("block-wise", BLOCKWISE, {"BLOCK_SIZE": 8}))
         for steps in (8, 4, 2, 1)
     ],
@@ -88,66 +95,94 @@ def main():
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ...")
     parser.add_argument("--results", default=str(ROOT / "experiments/results.csv"))
     parser.add_argument("--work", default=str(ROOT / "experiments/work"), help="folder of problems and checkpoints")
-    parser.add_argument("--smoke", action="store_true", help="a few steps and problems, only to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help="a few rows and problems, only to see that it runs")
     args = parser.parse_args()
     if unknown := set(args.claims) - CLAIMS.keys():
         raise InputError(f"{', '.join(sorted(unknown))}: no such claim; there are {', '.join(CLAIMS)}.")
+    if args.smoke and Path(args.results).resolve() == ROOT / "experiments/results.csv":
+        raise InputError("--smoke is too small for results.csv; name another --results.")
     import transformers
     from tqdm import tqdm
 
     transformers.utils.logging.disable_progress_bar()  # there is one of all runs
-    steps, held_out = (4, 20) if args.smoke else (STEPS, HELD_OUT)
-    results, work = Path(args.results), Path(args.work).absolute()
+    rows, held_out = (4 * BATCH, 20) if args.smoke else (ROWS, HELD_OUT)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # at this size a GPU is no faster
-    work.mkdir(parents=True, exist_ok=True)
-    rows_file = prepare(work, 1_200 if args.smoke else ROWS)
+    work, results = Path(args.work).absolute(), Path(args.results)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        results.parent.mkdir(parents=True, exist_ok=True)
+        done = start_results(results)
+    except OSError as error:
+        raise InputError(f"--work {work} or --results {results} cannot be written: {error}") from error
+    lock = take(work)
+    rows_file = prepare(work, rows, lock)
     todo = [(claim, setting, seed) for seed in range(args.seeds) for claim in args.claims for setting in CLAIMS[claim]]
-    done = read(results)
     for claim, setting, seed in tqdm(todo, desc="runs", unit="run"):
-        if (claim, setting.name, str(seed)) not in done:
-            folder, training = train(setting, seed, steps, rows_file, work)
+        once = not setting.script and seed  # there are no seeds in the base
+        if not once and (claim, setting.name, str(seed)) not in done:
+            folder, training = train(setting, seed, rows_file, work, lock)
             score = evaluate(folder, setting.decoding or decoding(BLOCK), held_out)
             append(results, [claim, setting.name, seed, *training, *score, held_out])
 
 
-def prepare(work, number):
-    """Writes the training rows of all runs. Returns their file."""
+def take(work):
+    """A lock on the work folder, which trainings inherit: also one that outlives this process keeps others away."""
+    lock = open(work / "lock", "w")  # noqa: SIM115  (open as long as the process)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"another run, or a training that it has left, works in {work}; name another --work."
+        ) from None
+    return lock
+
+
+def prepare(work, number, lock):
+    """Writes the training rows of all runs. Returns their file.
+
+    Without the token that ends an answer: it would be a block of its own, which takes a share of the draws like the
+    others, but which decoding never reaches.
+    """
     output = work / f"train_{number}.pt"
     if not output.exists():
-        command("experiments/make_data.py", work, "--output", work / "data", "--rows", number, "--seed", 1)
-        files = ("--output", output, "--model", BASE, "--dataset", work / "data")
-        command("pt.py", work, *files, "--max_len", KNOBS["MAX_LEN"], "--max_samples", 0)
+        command(lock, "experiments/make_data.py", "--output", work / "data", "--rows", number, "--seed", 1)
+        files = ("--output", work / "whole.pt", "--model", BASE, "--dataset", work / "data", "--max_samples", 0)
+        command(lock, "pt.py", *files)
+        import torch
+
+        rows = [row | {"full_ids": row["full_ids"][:-1]} for row in torch.load(work / "whole.pt")]
+        torch.save(rows, work / "rows.unfinished")
+        os.replace(work / "rows.unfinished", output)
     return output
 
 
-def train(setting, seed, steps, rows_file, work):
+def train(setting, seed, rows_file, work, lock):
     """Trains, unless it has been done. Returns the checkpoint's folder, and steps, supervised tokens and seconds."""
     if not setting.script:
         return BASE, (0, 0, 0.0)
-    steps *= setting.longer
-    knobs = KNOBS | {"PT_FILE": rows_file, "SEED": seed, "TOTAL_TRAIN_STEPS": steps}
-    knobs |= {} if setting.script == FULLSEQ else {"BLOCK_SIZE": BLOCK}
-    knobs |= setting.knobs
-    if steps * BATCH > ROWS:
-        raise InputError(f"{setting.name}: {steps} steps of {BATCH} rows are more than ROWS={ROWS}.")
-    name = hashlib.sha256(repr((setting.script, sorted(knobs.items()))).encode()).hexdigest()[:12]
-    folder = work / f"{name}_step{steps:04d}"
-    if not folder.exists():
+    defaults = vars(importlib.import_module(setting.script.removesuffix(".py").replace("/", ".")))
+    knobs = KNOBS | {"SEED": seed} | ({} if setting.script == FULLSEQ else {"BLOCK_SIZE": BLOCK}) | setting.knobs
+    knobs = {name: value for name, value in knobs.items() if value != defaults[name]}
+    code = [file.read_bytes() for file in (*sorted(ROOT.glob("*.py")), BASE / "model.safetensors", rows_file)]
+    name = hashlib.sha256(repr((setting.script, sorted(knobs.items()), code)).encode()).hexdigest()[:12]
+    folder = next(iter(work.glob(f"{name}_step*")), None)
+    if not folder:
         for left in work.glob(f"{name}_*"):  # of an interrupted training
             shutil.rmtree(left)
-        command(
-            setting.script, work, *(f"--{key}={value}" for key, value in (knobs | {"CKPT_DIR": work / name}).items())
-        )
+        knobs |= {"MODEL": BASE, "PT_FILE": rows_file, "CKPT_DIR": work / name}
+        command(lock, setting.script, *(f"--{key}={value}" for key, value in knobs.items()))
+        (folder,) = work.glob(f"{name}_step*")
     with open(work / f"{name}_logs" / "metrics.csv", newline="") as file:
         metrics = list(csv.DictReader(file))
     tokens = sum(int(row["supervised_tokens"]) for row in metrics)
-    seconds = sum(BATCH * KNOBS["MAX_LEN"] / float(row["tokens_per_second"]) for row in metrics)
+    speed = statistics.median(float(row["tokens_per_second"]) for row in metrics)
+    seconds = len(metrics) * BATCH * knobs.get("MAX_LEN", defaults["MAX_LEN"]) / speed
     return folder, (len(metrics), tokens, f"{seconds:.1f}")
 
 
-def command(script, work, *flags):
-    """Runs a script of the repository in the work folder, trainers with the launcher. Raises InputError."""
-    start = [sys.executable]
+def command(lock, script, *flags):
+    """Runs a script of the repository in the folder of the lock, trainers with the launcher. Raises InputError."""
+    start, work = [sys.executable], Path(lock.name).parent
     if Path(script).name.startswith("train_"):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -155,13 +190,13 @@ def command(script, work, *flags):
         start = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", 1, "--master_port", port]
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     whole = [str(part) for part in (*start, ROOT / script, *flags)]
-    done = subprocess.run(whole, env=env, cwd=work, capture_output=True, text=True)
+    done = subprocess.run(whole, env=env, cwd=work, capture_output=True, text=True, pass_fds=[lock.fileno()])
     if done.returncode:
         raise InputError(f"this command failed: {' '.join(whole)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
 def evaluate(folder, settings, number):
-    """Pass@1 and the share of right tokens of a checkpoint on the held-out problems."""
+    """Pass@1 of a checkpoint on the held-out problems, and the share of their digits that are right, by position."""
     import torch
 
     import decode
@@ -174,33 +209,33 @@ def evaluate(folder, settings, number):
     ends, rng = decode.end_ids(model, tokenizer), random.Random("held out")
     problems = [problem(rng) for _ in range(number)]
     prompts = [pt.prompt_ids(tokenizer, [pt.user_turn(row["query"])]) for row in problems]
-    right = tokens = total = 0
+    right, digits = 0, []
     for start in range(0, number, 100):
         some = problems[start : start + 100]
         ids, _ = decode.decode(model, prompts[start : start + 100], Settings(**settings), ends)
         for answer, row in zip(ids.tolist(), some):
             wanted = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
             right += scoring.same_number(decode.completion(tokenizer, answer, ends), row["response"])
-            tokens += sum(a == b for a, b in zip(answer, wanted))
-            total += len(wanted)
-    return f"{right / number:.4f}", f"{tokens / total:.4f}"
+            digits += [a == b for a, b in zip(answer, wanted)][-DIGITS - 1 :]  # a sum has one more
+    return f"{right / number:.4f}", f"{sum(digits) / len(digits):.4f}"
 
 
-def read(results):
-    """The runs that are in the CSV, {(claim, setting, seed)}."""
-    if not results.exists():
-        return set()
-    with open(results, newline="") as file:
+# ---------------------------------------------------------------- results.csv
+
+
+def start_results(path):
+    """Makes the CSV, or drops its unfinished last line. Returns the runs in it, {(claim, setting, seed)}."""
+    whole, end, _ = (path.read_text() if path.exists() else "").rpartition("\n")
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(whole + end or ",".join(COLUMNS) + "\n")
+    os.replace(unfinished, path)
+    with open(path, newline="") as file:
         return {(row["claim"], row["setting"], row["seed"]) for row in csv.DictReader(file)}
 
 
 def append(results, row):
-    new = not results.exists()
     with open(results, "a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(COLUMNS)
-        writer.writerow(row)
+        csv.writer(file, lineterminator="\n").writerow(row)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ sys.path.append(str(Path(__file__).parent.parent))
 from cli import override, run  # noqa: E402
 from train_blockwise import *  # noqa: E402, F403
 
+del PREFIX_MASK_RATE, SUFFIX_MASK_PROB, BOUND_WEIGHTS  # noqa: F821  (they have no meaning here)
+CKPT_DIR = "ckpts_causal_sft"
+
 
 def main():
     knobs = override(globals(), sys.argv[1:])
