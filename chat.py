@@ -46,6 +46,7 @@ def main():
 def ask():
     """The user's next turn; None at the end of the input, and after Ctrl-C."""
     prompt = "\n> " if sys.stdin.isatty() else ""
+    sys.stdin.reconfigure(errors="replace")  # what is not UTF-8 becomes question marks
     try:
         while not (line := input(prompt).strip()):
             pass

@@ -8,7 +8,7 @@ source "$(dirname "$0")/setup.sh"
 # Two ranks; on a machine with GPUs, on those, and in bf16.
 if [ "$GPUS" = 0 ]; then RANKS=2 BF16=False; else RANKS=$((GPUS < 2 ? GPUS : 2)) BF16=True; fi
 KNOBS=(--MODEL=demo/base --PT_FILE=demo_run/train.pt --MASK_ID=4 --MAX_LEN=64 --BF16=$BF16
-  --LORA_R=16 --LORA_ALPHA=32 --LR=2e-3 --MICRO_BSIZE=32)
+  --LORA_R=16 --LORA_ALPHA=32 --LR=2e-3 --MICRO_BSIZE=$((64 / RANKS)))
 BLOCK_SIZE=4
 DECODING=(--gen_length 16 --block_length $BLOCK_SIZE --steps 16 --batch_size 50)
 
@@ -18,7 +18,7 @@ LAUNCH="deepspeed --num_gpus $RANKS --master_port $PORT"
 step() { printf '\n== %s\n' "$*"; }
 rm -rf demo_run
 
-step "1/5 sums of four numbers as token ids, for a base that is half-way to know them (demo/README.md)"
+step "1/5 long additions as token ids, for a base that half knows them (demo/README.md)"
 python -m experiments.make_data --output demo_run/data --rows 6400 --seed 1
 python -m experiments.make_data --output demo_run/heldout --rows 200 --seed 2
 python pt.py --output demo_run/train.pt --model demo/base --dataset demo_run/data --max_len 64

@@ -14,6 +14,7 @@ import json
 import os
 import random
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -209,17 +210,15 @@ def prepare(folder, wanted):
     """Makes the folder of results, or makes sure that it holds those of the same run. Raises InputError."""
     path = folder / "settings.json"
     if not path.exists():
-        try:
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             replace(path, json.dumps(wanted, indent=2) + "\n")
-        except OSError as error:
-            raise InputError(f"--output {folder} cannot be written: {error.strerror}.") from error
         return
     try:
         there = json.loads(path.read_text())
         different = [key for key in wanted if there.get(key) != wanted[key]]
-    except (ValueError, AttributeError):
-        raise InputError(f"{path} is damaged; remove {folder}, or name another --output.") from None
+    except (OSError, ValueError, AttributeError):
+        raise InputError(f"{path} cannot be read; remove {folder}, or name another --output.") from None
     if different:
         key = different[0]
         raise InputError(
@@ -228,9 +227,18 @@ def prepare(folder, wanted):
         )
 
 
+@contextmanager
+def writing(path):
+    """Raises InputError in place of an OSError, as from a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--output {path} cannot be written: {error.strerror}. What is there is kept.") from error
+
+
 def append(path, rows):
     """Adds lines to a jsonl file; they are on the disk when this returns."""
-    with open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         file.flush()
         os.fsync(file.fileno())
@@ -252,7 +260,7 @@ def read_answers(folder):
                 row = json.loads(line)
             except ValueError:
                 row = None
-            if isinstance(row, dict) and row.keys() >= LINE:
+            if isinstance(row, dict) and row.keys() >= LINE and type(row["problem"]) is int:
                 answers[row["problem"]] = row
             else:
                 raise InputError(f"{path} is damaged at {line[:60]!r}; remove that line, or the folder.")
@@ -263,9 +271,13 @@ def collect(folder, batches):
     """Brings the lines of all ranks together in answers.jsonl, in the order of the problems; half batches go."""
     answers = read_answers(folder)
     whole = sorted(i for batch in batches if answers.keys() >= set(batch) for i in batch)
-    replace(folder / "answers.jsonl", "".join(json.dumps(answers[i], ensure_ascii=False) + "\n" for i in whole))
-    for path in folder.glob("answers.rank*.jsonl"):
-        path.unlink()
+    path, text = folder / "answers.jsonl", "".join(json.dumps(answers[i], ensure_ascii=False) + "\n" for i in whole)
+    if list(folder.glob("answers*.jsonl")) == [path] and path.read_bytes() == text.encode():
+        return  # the results of a finished run may lie where nothing can be written
+    with writing(folder):
+        replace(path, text)
+        for file in folder.glob("answers.rank*.jsonl"):
+            file.unlink()
 
 
 # ---------------------------------------------------------------- the report

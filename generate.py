@@ -94,10 +94,12 @@ def write(rows, output):
         for _, answer, _ in rows:
             print(answer)
         return
-    with open(output, "a", encoding="utf-8") as file:
-        for prompt, answer, ids in rows:
-            row = {"prompt": prompt, "completion": answer, "token_ids": ids}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    lines = [json.dumps(dict(zip(("prompt", "completion", "token_ids"), row)), ensure_ascii=False) for row in rows]
+    try:
+        with open(output, "a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+    except OSError as error:
+        raise InputError(f"--output {output} cannot be written: {error.strerror}.") from error
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python experiments/report.py
 
 A run is one training (shared by all settings that need the same one) and one decoding of the held-out problems. What is
-in the CSV already is not run again, so that an interrupted command continues where it was.
+in the CSV already is not run again, so that an interrupted command continues where it was. To run again what is in the
+committed CSV, name another --results.
 """
 
 import argparse

@@ -5,6 +5,7 @@ The two commands at its top are what CI runs. Commands that need GPUs, a hub or 
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,10 +28,12 @@ def clone(tmp_path_factory):
     """A folder that looks like the clone after demo.sh: the repository's files, and demo_run with its problems."""
     folder = tmp_path_factory.mktemp("clone")
     for file in ROOT.iterdir():
-        if file.suffix in (".py", ".sh", ".txt") or file.name in ("adapters", "benchmarks", "demo", "experiments"):
+        if file.suffix in (".py", ".sh", ".txt") or file.name in ("adapters", "benchmarks", "demo"):
             (folder / file.name).symlink_to(file)
     (folder / ".venv/bin").mkdir(parents=True)
     (folder / ".venv/bin/activate").write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
+    not_work = shutil.ignore_patterns("work")
+    shutil.copytree(ROOT / "experiments", folder / "experiments", ignore=not_work)  # the report is written there
     (folder / "demo_run").mkdir()
     (folder / "demo_run/blockwise_step0100").symlink_to(ROOT / "demo/base")
     for name, rows in (("data", 1600), ("heldout", 16)):
