@@ -29,6 +29,7 @@ def main():
     import decode
     from place import Place
 
+    sys.stdin.reconfigure(errors="replace")  # what is not UTF-8 becomes question marks
     model, tokenizer = decode.load(args.model, args.dtype, Place.from_environment().device)
     ends, generator = decode.end_ids(model, tokenizer), torch.Generator(model.device).manual_seed(args.seed)
     show, messages = show_live if sys.stdout.isatty() else show_blocks, []
@@ -46,7 +47,6 @@ def main():
 def ask():
     """The user's next turn; None at the end of the input, and after Ctrl-C."""
     prompt = "\n> " if sys.stdin.isatty() else ""
-    sys.stdin.reconfigure(errors="replace")  # what is not UTF-8 becomes question marks
     try:
         while not (line := input(prompt).strip()):
             pass

@@ -98,6 +98,12 @@ def test_lines_of_a_pipe_are_turns_and_answers_come_block_by_block(base, tokeniz
     assert done.stdout == "".join(line + "\n" for line in wanted)
 
 
+def test_a_turn_that_is_not_utf8_is_answered(base):
+    command = [sys.executable, str(ROOT / "chat.py"), "--model", str(base), "--gen_length", "8", "--block_length", "8"]
+    done = subprocess.run([*command, "--steps", "8"], input=b"ab\xff\n", capture_output=True, timeout=100)
+    assert done.returncode == 0 and done.stdout.startswith(b"block 1"), done.stderr
+
+
 def test_drawing_shows_what_is_written_and_the_masks_of_its_block(tokenizer):
     a, b, c = tokenizer("3 + 4")["input_ids"][:3]
     assert chat.drawing([MASK] * 8, tokenizer, MASK, ENDS, 4).plain == "····"

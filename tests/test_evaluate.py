@@ -1,6 +1,7 @@
 """evaluate.py: real runs on the tiny checkpoint, interrupted ones too, on 1 and 2 ranks."""
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -95,9 +96,9 @@ def test_a_killed_run_continues_with_the_same_result(whole, base, data, tmp_path
     kept = {json.loads(line)["problem"]: line for line in lines}
     final = {json.loads(line)["problem"]: line for line in (folder / "answers.jsonl").read_text().splitlines()}
     assert all(final[i] == line for i, line in kept.items()), "finished batches were answered again"
-    stamp = (folder / "answers.jsonl").stat().st_size
+    stamps = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     again = run("evaluate.py", *flags)
-    assert again.stdout == done.stdout and (folder / "answers.jsonl").stat().st_size == stamp
+    assert again.stdout == done.stdout and {file: file.stat().st_mtime_ns for file in folder.iterdir()} == stamps
 
 
 def test_half_a_batch_is_answered_again(whole, base, data, tmp_path, call):
@@ -204,12 +205,14 @@ def test_another_chat_template_is_another_run(whole, base, data, tmp_path, call)
     assert code == 1 and "sha256 was" in err
 
 
-@pytest.mark.parametrize("line", [b'{"problem": 3}', b"[1]", b'{"problem": 3, "completion": "\xc3'])
+@pytest.mark.parametrize("line", [b'{"problem": 3}', b"[1]", b'{"problem": 3, "completion": "\xc3', b"LIST"])
 def test_a_damaged_line_is_named(base, data, tmp_path, call, line):
     flags = ("--model", base, "--data", data, "--output", tmp_path, *SHORT)
     assert call(*flags)[0] == 0
     file = tmp_path / f"{base.name}-gsm8k/answers.jsonl"
-    file.write_bytes(line + b"\n" + file.read_bytes())
+    first, rest = file.read_bytes().split(b"\n", 1)
+    line = first.replace(b'"problem": 0', b'"problem": [0]') if line == b"LIST" else line
+    file.write_bytes(line + b"\n" + rest)
     code, _, err = call(*flags)
     assert code == 1 and "answers.jsonl is damaged at" in err
 
@@ -219,3 +222,19 @@ def test_what_only_the_first_rank_meets_ends_all_with_one_sentence(whole, base, 
     done = launch(2, "evaluate.py", "--model", base, "--data", data, "--output", tmp_path / "out", *SHORT, cwd=tmp_path)
     assert done.returncode != 0 and "cannot be written" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr.split("CalledProcessError")[0]
+
+
+def test_a_full_disk_ends_with_a_sentence_and_keeps_what_is_there(base, data, tmp_path):
+    """No file may grow beyond 5,000 bytes: room for the settings and a batch, not for all answers."""
+    flags = ("--model", base, "--data", data, "--output", tmp_path, *SHORT)
+    command = [sys.executable, str(ROOT / "evaluate.py"), *map(str, flags)]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 1 and "cannot be written: File too large" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    kept = (tmp_path / f"{base.name}-gsm8k/answers.rank0.jsonl").read_text()
+    assert kept.count("\n") >= 4
+    assert run("evaluate.py", *flags).returncode == 0 and len(answers(tmp_path / f"{base.name}-gsm8k")) == 22

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, launch, run
 
 import decode
 from experiments import make_data, report
@@ -39,7 +39,7 @@ def test_every_claim_has_settings_that_differ():
     for claim, settings in runner.CLAIMS.items():
         assert claim in report.TITLES and len(settings) > 1
         assert len({setting.name for setting in settings}) == len(settings)
-        assert len({repr((s.script, s.knobs, s.longer, s.decoding)) for s in settings}) == len(settings)
+        assert len({repr((s.script, s.knobs, s.decoding)) for s in settings}) == len(settings)
 
 
 def test_a_smoke_run_its_continuation_and_its_report(tmp_path):
@@ -49,21 +49,23 @@ def test_a_smoke_run_its_continuation_and_its_report(tmp_path):
     done = run(*command)
     assert done.returncode == 0, done.stderr
     lines = results.read_text().splitlines()
+    (folder,) = {file.parent for file in (tmp_path / "work").glob("train_*.pt")}
+    assert {len(row["full_ids"]) - row["prompt_len"] for row in torch.load(folder / "train_128.pt")} == {16}
     rows = {(row["claim"], row["setting"]): row for row in csv.DictReader(lines)}
     assert lines[0] == COLUMNS and list(rows) == [
         ("C1", "base"), ("C1", "full sequence"), ("C1", "block-wise"),
         ("K1", "block-wise"), ("K1", "rest of the answer"),
     ]  # fmt: skip
     assert lines[3][3:] == lines[4][3:], "K1 shares the training of C1"
-    # 4 steps of 32 rows with 17 tokens in blocks of 4, 4, 4, 4 and 1; half of what is scored is hidden on average
-    expected = {"full sequence": 17 / 2, "block-wise": 17 / 5 / 2, "rest of the answer": (17 + 13 + 9 + 5 + 1) / 5 / 2}
+    # 4 steps of 32 rows with 16 tokens in blocks of 4; half of what could be scored is hidden, on average
+    expected = {"full sequence": 16 / 2, "block-wise": 4 / 2, "rest of the answer": (16 + 12 + 8 + 4) / 4 / 2}
     assert lines[1].startswith("C1,base,0,0,0,0.0,")
     for (_, setting), row in list(rows.items())[1:]:
         assert row["steps"] == "4" and row["n"] == "20"
         assert int(row["supervised_tokens"]) / 128 == pytest.approx(expected[setting], rel=0.25)
 
     trained = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.safetensors")}
-    results.write_text("\n".join(lines[:3]) + "\n")  # as if it had been interrupted
+    results.write_text("\n".join(lines[:3]) + "\nC1,block-wise,0,4,2")  # as if it had been killed while writing
     done = run(*command)
     assert done.returncode == 0 and results.read_text().splitlines() == lines
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.safetensors")} == trained
@@ -75,9 +77,13 @@ def test_a_smoke_run_its_continuation_and_its_report(tmp_path):
 
 
 def test_bad_input_is_one_sentence(tmp_path):
+    (tmp_path / "torn.csv").write_text(COLUMNS + "\nC1,base,0,4\n")
     (tmp_path / "old.csv").write_text(COLUMNS + "\nC1,something else,0,4,100,1.0,0.5,0.9,20\n")
     for command, said in (
         (("experiments/run.py", "C1", "C9"), "C9: no such claim"),
+        (("experiments/run.py", "C1", "--smoke"), "--smoke is too small for results.csv"),
+        (("experiments/run.py", "C1", "--work", tmp_path / "old.csv"), "old.csv"),
+        (("experiments/report.py", "--results", tmp_path / "torn.csv"), "torn.csv, line 2 is not whole"),
         (("experiments/report.py", "--results", tmp_path / "missing.csv"), "missing.csv cannot be read"),
         (
             ("experiments/report.py", "--results", tmp_path / "old.csv"),
@@ -86,6 +92,39 @@ def test_bad_input_is_one_sentence(tmp_path):
     ):
         done = run(*command)
         assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_work_folder_has_one_run_at_a_time(tmp_path):
+    lock = runner.take(tmp_path)
+    done = run("experiments/run.py", "C1", "--work", tmp_path, "--results", tmp_path / "results.csv")
+    assert done.returncode == 1 and "another run, or a training that it has left, works in" in done.stderr
+    lock.close()
+
+
+def test_knobs_without_a_meaning_are_refused(tmp_path):
+    done = launch(1, "experiments/train_causal.py", "--PREFIX_MASK_RATE=0.5", cwd=tmp_path)
+    assert done.returncode != 0 and "is not a knob of this script" in done.stdout + done.stderr
+
+
+def test_differences_are_paired_by_seed():
+    def rows(values):
+        return [
+            {
+                "seed": str(i),
+                "steps": "1",
+                "supervised_tokens": "5",
+                "seconds": "2",
+                "pass_at_1": v,
+                "token_accuracy": v,
+            }
+            for i, v in enumerate(values)
+        ]
+
+    lines = report.table("C1", {"base": rows([0.2]), "a": rows([0.5, 0.7]), "b": rows([0.6, 0.8])}).splitlines()
+    half = 12.706 * 0.02**0.5 / 2**0.5
+    assert lines[-3] == "| base | 1 | 1 | 5 | 2 | 20.0% |  | 20.0% |"
+    assert lines[-2] == f"| a | 2 | 1 | 5 | 2 | 60.0% ± {half:.1%} |  | 60.0% ± {half:.1%} |"
+    assert lines[-1] == f"| b | 2 | 1 | 5 | 2 | 70.0% ± {half:.1%} | +10.0% ± 0.0% | 70.0% ± {half:.1%} |"
 
 
 def test_intervals_are_students():
