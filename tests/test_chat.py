@@ -36,7 +36,7 @@ class Terminal:
         )  # fmt: skip
         os.close(slave)
 
-    def wait_for(self, text, seconds=60):
+    def wait_for(self, text, seconds=120):
         """Reads until the text has appeared."""
         seen, end = "", time.time() + seconds
         while text not in seen:
