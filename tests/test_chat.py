@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -33,6 +34,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "chat.py"), *map(str, flags)], stdin=slave, stdout=slave, stderr=slave,
             start_new_session=True, env=os.environ | {"TERM": "xterm"},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
         )  # fmt: skip
         os.close(slave)
 
