@@ -37,15 +37,18 @@ class Terminal:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
         )  # fmt: skip
         os.close(slave)
+        self.unread = b""
 
     def wait_for(self, text, seconds=120):
-        """Reads until the text has appeared."""
-        seen, end = "", time.time() + seconds
-        while text not in seen:
-            assert time.time() < end, f"no {text!r} in {seen!r}"
+        """Reads until the text has appeared, and returns all up to its end; what came after it is for the next call."""
+        end = time.time() + seconds
+        while text.encode() not in self.unread:
+            assert time.time() < end, f"no {text!r} in {self.unread!r}"
             if select.select([self.master], [], [], 0.1)[0]:
-                seen += os.read(self.master, 65536).decode(errors="replace")
-        return seen
+                self.unread += os.read(self.master, 65536)
+        length = self.unread.index(text.encode()) + len(text.encode())
+        seen, self.unread = self.unread[:length], self.unread[length:]
+        return seen.decode(errors="replace")
 
     def type(self, text):
         os.write(self.master, text.encode())

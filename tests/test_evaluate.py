@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -79,18 +78,28 @@ def test_the_report_counts(whole, tmp_path, base, data, call):
     assert "+13.6 points" in out and "tuned model solves 5, only the base 2" in " ".join(lines) and "p = 0.45" in out
 
 
+KILLED = """
+import os, signal
+import cli, evaluate
+append = evaluate.append
+def append_and_die(path, rows):
+    append(path, rows)
+    if len(path.read_text().splitlines()) >= 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+evaluate.append = append_and_die
+cli.run(evaluate.main)
+"""
+
+
 def test_a_killed_run_continues_with_the_same_result(whole, base, data, tmp_path):
     flags = ("--model", base, "--data", data, "--output", tmp_path, *SHORT)
-    command = [sys.executable, str(ROOT / "evaluate.py"), *map(str, flags)]
-    folder, began = tmp_path / f"{base.name}-gsm8k", time.time()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (folder / "answers.rank0.jsonl").exists() and time.time() < began + 100:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    lines = (folder / "answers.rank0.jsonl").read_text().splitlines()
-    assert 4 <= len(lines) < 22, "killed too early or too late for this test"
-    with open(folder / "answers.rank0.jsonl", "a") as file:
+    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, flags)], cwd=ROOT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    folder = tmp_path / f"{base.name}-gsm8k"
+    part = folder / "answers.rank0.jsonl"
+    lines = part.read_text().splitlines()
+    assert len(lines) == 8
+    with open(part, "a") as file:
         file.write('{"problem": 3, "completion": "half a li')  # as if it had been killed while writing
     done = run("evaluate.py", *flags)
     assert done.returncode == 0 and answers(folder) == answers(whole[0])
