@@ -5,4 +5,4 @@ source "$(dirname "$0")/setup.sh"
 install requirements-lm-eval.txt
 ruff check .
 ruff format --check .
-python -m pytest -q "$@"
+python -m pytest -q -n logical --maxprocesses 8 --dist worksteal "$@"

@@ -23,6 +23,23 @@ USER = (
     "### Instruction:\nAda has 3 pens and {gets} 4 more. How many?\n\n### Response: Let's think step by step."
 )
 
+
+def as_lists(rows):
+    return [row and (row[0], row[1].tolist()) for row in rows]
+
+
+def tokenize(pairs, tokenizer):
+    """pt.tokenize as the script calls it; ids as lists."""
+    sample = {"query": [query for query, _ in pairs], "response": [response for _, response in pairs]}
+    ids_of = pt.encoder(tokenizer, sample)
+    return as_lists(pt.tokenize(pairs, tokenizer, pt.extra_header(tokenizer), ids_of))
+
+
+def encode(*args):
+    rows, counts = pt.encode(*args)
+    return as_lists(rows), counts
+
+
 # ---------------------------------------------------------------- chat templates
 
 
@@ -149,7 +166,7 @@ def check(tokenizer, before, after, lead, end):
     prompt, answer = before + USER + after, lead + RESPONSE + end
     turn = {"role": "user", "content": USER}
     assert tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True) == prompt
-    (row,) = pt.tokenize([(QUERY, RESPONSE)], tokenizer, pt.extra_header(tokenizer))
+    (row,) = tokenize([(QUERY, RESPONSE)], tokenizer)
     prompt_len, ids = row
     assert ids[:prompt_len] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids[:prompt_len]) == prompt
@@ -228,19 +245,19 @@ def test_an_answer_that_ends_like_the_header_is_kept_whole(tokenizer):
     """With a template that appends none, nothing may be cut, whatever the answer ends with."""
     tokenizer = with_template(tokenizer, loop("{{ m['role'] + ': ' + m['content'] }}") + if_asked("assistant: "))
     response = "she says assistant: "
-    ((prompt_len, ids),) = pt.tokenize([(QUERY, response)], tokenizer, pt.extra_header(tokenizer))
+    ((prompt_len, ids),) = tokenize([(QUERY, response)], tokenizer)
     assert tokenizer.decode(ids[prompt_len:]) == response
 
 
 def test_spaces_around_the_texts(tokenizer):
     """LLaDA's template trims each turn."""
-    ((prompt_len, ids),) = pt.tokenize([(QUERY, " \n7 apples \n")], tokenizer, pt.extra_header(tokenizer))
+    ((prompt_len, ids),) = tokenize([(QUERY, " \n7 apples \n")], tokenizer)
     assert tokenizer.decode(ids[prompt_len:]) == "7 apples<|eot_id|>"
 
 
 def test_letters_of_all_kinds(tokenizer):
     response = "três œufs, 三個雞蛋, 🥚🥚🥚 {} {query} \\boxed{3}\t% </s>"
-    ((prompt_len, ids),) = pt.tokenize([("¿Cuántos? 🥚 {0}", response)], tokenizer, pt.extra_header(tokenizer))
+    ((prompt_len, ids),) = tokenize([("¿Cuántos? 🥚 {0}", response)], tokenizer)
     assert tokenizer.decode(ids[prompt_len:]) == response + "<|eot_id|>"
     assert "### Instruction:\n¿Cuántos? 🥚 {0}\n\n### Response:" in tokenizer.decode(ids[:prompt_len])
 
@@ -248,11 +265,11 @@ def test_letters_of_all_kinds(tokenizer):
 def test_unusable_rows(tokenizer):
     """Empty texts; and a template that puts something else than the answer behind the prompt."""
     header = pt.extra_header(tokenizer)
-    rows = pt.tokenize([("", "a"), ("a", ""), (" \n", "a"), ("a", "\t "), ("a", "b")], tokenizer, header)
+    rows = tokenize([("", "a"), ("a", ""), (" \n", "a"), ("a", "\t "), ("a", "b")], tokenizer)
     assert [row is None for row in rows] == [True, True, True, True, False]
     thinks = with_template(tokenizer, CHATML_TURNS + if_asked(say(CHATML_HEADER + "<think>\n\n</think>\n\n")))
-    assert pt.tokenize([("a", "b")], thinks, pt.extra_header(thinks)) == [None]
-    assert pt.tokenize([], tokenizer, header) == []
+    assert tokenize([("a", "b")], thinks) == [None]
+    assert tokenize([], tokenizer) == []
 
 
 # ---------------------------------------------------------------- a token over the border
@@ -285,7 +302,7 @@ def test_token_over_the_border(response):
     whole = tokenizer(prompt + response + "</s>", add_special_tokens=False)["input_ids"]
     assert whole[: len(prompt_ids)] != prompt_ids  # else there is nothing to test
 
-    ((prompt_len, ids),) = pt.tokenize([("ab?", response)], tokenizer, pt.extra_header(tokenizer))
+    ((prompt_len, ids),) = tokenize([("ab?", response)], tokenizer)
     assert ids[:prompt_len] == prompt_ids
     assert tokenizer.decode(ids[prompt_len:]) == response + "</s>"
     assert tokenizer.decode(ids) == prompt + response + "</s>"
@@ -299,7 +316,7 @@ def test_token_over_the_border_where_a_text_starts_with_a_space(kind):
     else:
         tokenizer = ab_tokenizer(pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace())
     tokenizer.chat_template = tokenizer.chat_template.replace("=a", " a")
-    (row,) = pt.tokenize([("ab?", "bab ab")], tokenizer, pt.extra_header(tokenizer))
+    (row,) = tokenize([("ab?", "bab ab")], tokenizer)
     if row is not None:
         assert tokenizer.decode(row[1]).endswith("Let's think step by step. abab ab</s>")
 
@@ -339,7 +356,7 @@ def test_encode_equals_one_row_at_a_time(tokenizer, filter_type):
         if i % 50 == 3:
             row["response"] = " "
     max_len = 115
-    kept, counts = pt.encode(datasets.Dataset.from_list(rows), tokenizer, max_len, 0, filter_type)
+    kept, counts = encode(datasets.Dataset.from_list(rows), tokenizer, max_len, 0, filter_type)
     expected, expected_counts = one_by_one(rows, tokenizer, max_len, filter_type)
     assert kept == expected
     assert counts == expected_counts
@@ -349,12 +366,28 @@ def test_encode_equals_one_row_at_a_time(tokenizer, filter_type):
     assert max(len(ids) for _, ids in kept) == max_len  # so the limit itself was met, and met rows kept
 
 
+def test_the_fast_tokenizer_is_used_only_where_it_agrees(tokenizer, monkeypatch, capsys):
+    sample, texts = {"query": ["What is 1 + 1?"], "response": ["2 é\n"]}, ["a <|eot_id|> b", "", "What is 7?"]
+    wanted = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    chosen = pt.encoder(tokenizer, sample)
+    assert chosen.__name__ == "by_fastokens" and [ids.tolist() for ids in chosen(texts)] == wanted
+    assert not capsys.readouterr().out
+    real = tokenizer.backend_tokenizer.to_str()
+    for text, why in ((real.replace('"2"', '"~~"').replace('"~"', '"2"'), "gives other ids"), ("{}", "cannot read it")):
+        backend = type("Backend", (), {"to_str": lambda self, text=text: text})()
+        with monkeypatch.context() as patch:
+            patch.setattr(type(tokenizer), "backend_tokenizer", property(lambda self, backend=backend: backend))
+            chosen = pt.encoder(tokenizer, sample)
+        assert why in capsys.readouterr().out
+        assert chosen.__name__ == "by_tokenizer" and [ids.tolist() for ids in chosen(texts)] == wanted
+
+
 def test_max_samples_stops_early(tokenizer):
     """The counts are about the rows up to the last one kept."""
     good = {"query": "What is 1 + 1?", "response": "2", "type": "MATH"}
     gsm, blank = good | {"type": "GSM_SV"}, good | {"response": ""}
     rows = [good, gsm, blank, good, gsm, gsm, blank, good]
-    kept, counts = pt.encode(datasets.Dataset.from_list(rows), tokenizer, 256, 2, "GSM")
+    kept, counts = encode(datasets.Dataset.from_list(rows), tokenizer, 256, 2, "GSM")
     assert len(kept) == 2
     assert counts == {"kept": 2, "skipped by type": 1, "too long": 0, "unusable": 1}
 
@@ -362,8 +395,8 @@ def test_max_samples_stops_early(tokenizer):
 @pytest.mark.parametrize("max_samples, number", [(0, 8), (1, 1), (7, 7), (8, 8), (100, 8)])
 def test_max_samples(tokenizer, max_samples, number):
     dataset = datasets.Dataset.from_list(problems(8, 2))
-    every, _ = pt.encode(dataset, tokenizer, 256, 0, "GSM")
-    kept, counts = pt.encode(dataset, tokenizer, 256, max_samples, "GSM")
+    every, _ = encode(dataset, tokenizer, 256, 0, "GSM")
+    kept, counts = encode(dataset, tokenizer, 256, max_samples, "GSM")
     assert kept == every[:number]
     assert counts["kept"] == number
 

@@ -1,0 +1,121 @@
+"""What the benchmarks share: variants timed in turn, ratios with their spread, the hardware's ceiling, a JSON line."""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+import llada
+from experiments.make_base import make_config
+
+LLADA_8B = {
+    "model_type": "llada", "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "mlp_hidden_size": 12288,
+    "vocab_size": 126464, "embedding_size": 126464, "max_sequence_length": 4096, "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5, "weight_tying": False, "mask_token_id": 126336,
+    "eos_token_id": 126081, "pad_token_id": 126081,
+}  # fmt: skip
+
+
+def add_model_flags(parser, d_model=256, n_layers=4):
+    """The flags of a model with random weights."""
+    parser.add_argument("--vocab_size", type=int, default=126464)
+    parser.add_argument("--d_model", type=int, default=d_model)
+    parser.add_argument("--n_layers", type=int, default=n_layers)
+    parser.add_argument("--llada_8b", action="store_true", help="LLaDA-8B's sizes in place of these three")
+
+
+def random_model(args, device):
+    """A model with random weights, made on the device: fp32 on CPUs, else bf16."""
+    config = make_config(args.vocab_size, args.d_model, args.n_layers)
+    config = llada.LLaDAConfig.from_dict(LLADA_8B) if args.llada_8b else config
+    config.max_position_embeddings = 4096
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32 if device.type == "cpu" else torch.bfloat16)
+    try:
+        with device:
+            return llada.LLaDAForCausalLM(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def in_turn(variants, repeats, device):
+    """{name: function} -> {name: seconds of each repeat}. All run in turn; a first round, not counted, warms up."""
+    times = {name: [] for name in variants}
+    for repeat in tqdm(range(repeats + 1), desc="repeats"):
+        for name, function in variants.items():
+            began = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def ratios(slow, fast):
+    """Seconds of two variants, repeat by repeat -> how many times as fast the second is: median, lowest, highest."""
+    each = [a / b for a, b in zip(slow, fast)]
+    return statistics.median(each), min(each), max(each)
+
+
+def matmul_ceiling(device):
+    """Highest FLOP/s of a large matrix product, in the dtype of random_model."""
+    size, dtype = (2048, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    return 2 * size**3 / min(in_turn({"": lambda: a @ b}, 10, device)[""])
+
+
+def copy_ceiling(device):
+    """Highest bytes/s of copying 512 MB in memory."""
+    source = torch.ones(2**29, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2**29 / min(in_turn({"": lambda: target.copy_(source)}, 5, device)[""])
+
+
+def step_flops(config, rank, tokens, length, heads, backward=2):
+    """Floating-point operations of a forward and backward pass with adapters of `rank` on all linears.
+
+    tokens: of the batch; length: of a row; heads: positions with logits. Frozen weights get no gradient, so their
+    backward pass costs as much as the forward one; an adapter's twice as much. backward=0: the forward pass only.
+    """
+    d, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    frozen = layers * (4 * d * d + 3 * d * mlp)
+    adapters = layers * rank * (4 * (d + d) + 3 * (d + mlp))
+    attention = layers * 2 * length * d  # scores and their product with the values, per token
+    once = tokens * (frozen + attention) + heads * d * config.vocab_size
+    return 2 * (
+        once * (2 if backward else 1) + tokens * adapters * (1 + backward) + tokens * attention * (backward > 1)
+    )
+
+
+def peak_memory_mb():
+    """The highest memory of this process so far: of the GPU if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000 * (1.024 if sys.platform != "darwin" else 1e-3)
+
+
+def own_process(*command):
+    """Runs `python -m` with these arguments, as memory once used counts for ever; returns the JSON line it ends with."""
+    command = [sys.executable, "-m", *map(str, command)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def print_json(args, **results):
+    """The line for machines: flags, hardware, versions, results."""
+    cores = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    machine = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cores,
+        "torch": torch.__version__,
+    }
+    print(json.dumps({"benchmark": sys.argv[0].rpartition("/")[2], **vars(args), **machine, **results}, default=str))
