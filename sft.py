@@ -37,6 +37,7 @@ from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import decode
 import llada
@@ -322,6 +323,13 @@ def lora_model(folder, knobs, place):
     total = model.num_parameters() - trainable
     say(place, "adapters", f"{trainable:,} parameters, r {knobs.LORA_R}, on {adapted:,} of the base's {total:,}")
     return model
+
+
+def compile_layers(model):
+    """Lets torch compile each decoder layer at its first call: one graph serves all, and shapes never change."""
+    for module in model.modules():
+        if isinstance(module, LlamaDecoderLayer):
+            module.compile()
 
 
 def engine_config(knobs):

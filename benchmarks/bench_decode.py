@@ -8,22 +8,17 @@ tokens is the same; and a JSON line. Without --model: random weights of the size
 """
 
 import argparse
-import json
-import os
 import statistics
-import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
-from tqdm import tqdm
 
 import decode
 import evaluate
-import llada
 import pt
 import scoring
+from benchmarks import common
 from cli import run
-from experiments.make_base import make_config
 from place import Place
 from settings import Settings
 
@@ -47,9 +42,7 @@ def parse_args():
     parser.add_argument("--gen_length", type=int, default=32)
     parser.add_argument("--block_length", type=int, default=8)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--d_model", type=int, default=256, help="this and the next without --model")
-    parser.add_argument("--n_layers", type=int, default=4)
-    parser.add_argument("--vocab_size", type=int, default=126464)
+    common.add_model_flags(parser)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     args.task = "gsm8k"  # how load_problems reads --data
@@ -70,12 +63,10 @@ def load(args, device):
             return sum(scoring.same_number(text, p["gold"]) for text, p in zip(texts, problems)) / len(problems)
 
         return model, prompts, right, ends
-    torch.manual_seed(0)
-    with device:
-        model = llada.LLaDAForCausalLM(make_config(args.vocab_size, args.d_model, args.n_layers))
-    model = model.to(torch.float32 if device.type == "cpu" else torch.bfloat16).eval()
+    model = common.random_model(args, device).eval()
     lengths = torch.randint(64, 128, (args.limit,)).tolist()
-    return model, [torch.randint(8, args.vocab_size, (n,)).tolist() for n in lengths], lambda _: float("nan"), []
+    vocab_size = model.config.vocab_size
+    return model, [torch.randint(8, vocab_size, (n,)).tolist() for n in lengths], lambda _: float("nan"), []
 
 
 def main():
@@ -83,37 +74,39 @@ def main():
     exact = Settings(args.gen_length, args.block_length, args.gen_length)
     device = Place.from_environment().device
     model, prompts, right, ends = load(args, device)
-    times, answers, forwards = {name: [] for name in OPTIONS}, {}, {}
-    for repeat in tqdm(range(args.repeats + 1), desc="repeats"):
-        for name, options in OPTIONS.items():
-            size = 1 if name == "exact, one by one" else args.batch_size
-            found, rows, began = [], 0, time.perf_counter()
-            for start in range(0, len(prompts), size):
-                some = prompts[start : start + size]
-                ids, cost = decode.decode(model, some, replace(exact, **options), ends)
-                found, rows = found + ids.tolist(), rows + cost
-            if repeat:  # the first round warms up
-                times[name].append(time.perf_counter() - began)
-            answers[name], forwards[name] = found, rows / len(prompts)
+    answers, forwards = {}, {}
+
+    def run_all(name):
+        size = 1 if name == "exact, one by one" else args.batch_size
+        answers[name], forwards[name] = [], 0
+        for start in range(0, len(prompts), size):
+            settings = replace(exact, **OPTIONS[name])
+            ids, rows = decode.decode(model, prompts[start : start + size], settings, ends)
+            answers[name] += ids.tolist()
+            forwards[name] += rows / len(prompts)
+
+    times = common.in_turn({name: lambda name=name: run_all(name) for name in OPTIONS}, args.repeats, device)
     first, *_ = OPTIONS
     print(f"\n{'':18}  times as fast (min - max)  forwards  Pass@1  tokens as in exact decoding")
     report, wanted = {}, [ids[: decode.length(ids, ends)] for ids in answers[first]]
     for name in OPTIONS:
-        ratios = [exact / other for exact, other in zip(times[first], times[name])]
+        ratio, low, high = common.ratios(times[first], times[name])
         pairs = [pair for found, exact in zip(answers[name], wanted) for pair in zip(found, exact)]
         report[name] = {
-            "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "forwards": forwards[name],
+            "ratio": ratio, "low": low, "high": high, "forwards": forwards[name],
             "pass_at_1": right(answers[name]),
             "same_tokens": statistics.fmean(found == exact for found, exact in pairs),
         }  # fmt: skip
         line = "{:18}  {ratio:13.2f} ({low:.2f} - {high:.2f})  {forwards:>8.1f}  {pass_at_1:>6.1%}  {same_tokens:>8.1%}"
         print(line.format(name, **report[name]))
-    per_second = len(prompts) * args.gen_length / statistics.median(times[first])
-    print(
-        f"exact, batches of {args.batch_size}: {per_second:,.0f} tokens/s, counting all {args.gen_length} of an answer"
-    )
-    machine = {"device": torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"}
-    print(json.dumps(vars(args) | asdict(exact) | machine | {"torch": torch.__version__, "variants": report}))
+    seconds, ceiling = statistics.median(times[first]), common.matmul_ceiling(device)
+    per_second = len(prompts) * args.gen_length / seconds
+    print(f"exact, batches: {per_second:,.0f} tokens/s, counting all {args.gen_length} of an answer;", end=" ")
+    length = sum(map(len, prompts)) // len(prompts) + args.gen_length
+    rows = len(prompts) * forwards[first]
+    flops = common.step_flops(model.config, 0, rows * length, length, rows * args.block_length, backward=0)
+    print(f"{flops / seconds / ceiling:.0%} of the matmul ceiling, {ceiling / 1e12:.3f} TFLOP/s")
+    common.print_json(args, variants=report, times=times, matmul_tflops=ceiling / 1e12)
 
 
 if __name__ == "__main__":

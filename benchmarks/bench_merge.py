@@ -11,11 +11,8 @@ results are apart, and a JSON line.
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +25,7 @@ from tqdm import tqdm
 import llada
 import merge
 import sft
+from benchmarks import common
 from experiments.make_base import make_config
 
 
@@ -58,42 +56,29 @@ def plain(folder, out):
 
 def measure(way, folder, args):
     """Runs one way in this process, or makes the checkpoint. Prints seconds and MB of memory growth as JSON."""
-    before, began = memory(), time.perf_counter()
+    before, began = common.peak_memory_mb(), time.perf_counter()
     if way == "make":
         make(folder, args.gigabytes, args.d_model, args.vocab_size)
     else:
         {"ours": ours, "plain": plain}[way](folder, folder / way)
-    print(json.dumps({"seconds": time.perf_counter() - began, "mb": memory() - before}))
-
-
-def own_process(way, folder, args):
-    """measure in a new process, as memory that has been used once counts for ever. Returns what it printed."""
-    command = [sys.executable, "-m", "benchmarks.bench_merge", "--measure", way, folder]
-    command += ["--gigabytes", args.gigabytes, "--d_model", args.d_model, "--vocab_size", args.vocab_size]
-    done = subprocess.run(map(str, command), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def memory():
-    """The highest memory of this process so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000 * (1.024 if sys.platform != "darwin" else 1e-3)
+    print(json.dumps({"seconds": time.perf_counter() - began, "mb": common.peak_memory_mb() - before}))
 
 
 def difference(folder):
     """The largest difference of two results, and the largest weight of one of them."""
-    largest = highest = 0.0
+    gap = largest = 0.0
+    theirs = {name: file for file in llada.weight_files(folder / "plain") for name in names(file)}
     for file in llada.weight_files(folder / "ours"):
-        with safe_open(file, "pt") as mine:
-            for name in mine.offset_keys():
-                for other in llada.weight_files(folder / "plain"):
-                    with safe_open(other, "pt") as theirs:
-                        if name in theirs.offset_keys():
-                            a, b = mine.get_tensor(name).float(), theirs.get_tensor(name).float()
-                            largest, highest = (
-                                max(largest, (a - b).abs().max().item()),
-                                max(highest, a.abs().max().item()),
-                            )
-    return largest, highest
+        for name in names(file):
+            with safe_open(file, "pt") as a, safe_open(theirs[name], "pt") as b:
+                mine, other = a.get_tensor(name).float(), b.get_tensor(name).float()
+            gap, largest = max(gap, (mine - other).abs().max().item()), max(largest, mine.abs().max().item())
+    return gap, largest
+
+
+def names(file):
+    with safe_open(file, "pt") as tensors:
+        return list(tensors.offset_keys())
 
 
 def main():
@@ -102,35 +87,35 @@ def main():
     parser.add_argument("--d_model", type=int, default=1024)
     parser.add_argument("--vocab_size", type=int, default=126464)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=("make", "ours", "plain"), help="this alone, in --folder")
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure:
-        measure(args.measure[0], Path(args.measure[1]), args)
+    if args.way:
+        measure(args.way, Path(args.folder), args)
         return
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        own_process("make", folder, args)
-        size = sum(file.stat().st_size for file in llada.weight_files(folder / "base")) / 1e6
-        tensor = args.vocab_size * args.d_model * 2 / 1e6
-        runs = {"ours": [], "plain": []}
+        folder, runs = Path(name), {"plain": [], "ours": []}
+        common.own_process(__spec__.name, args, way="make", folder=name)
+        size = sum(file.stat().st_size for file in llada.weight_files(folder / "base"))
         for _ in tqdm(range(args.repeats), desc="repeats"):
             for way, results in runs.items():
                 shutil.rmtree(folder / way, ignore_errors=True)
-                results.append(own_process(way, folder, args))
-        largest, highest = difference(folder)
-    print(f"checkpoint of {size:,.0f} MB, largest tensor {tensor:,.0f} MB")
+                os.sync()  # so that no run waits for the disk because of the one before it
+                results.append(common.own_process(__spec__.name, args, way=way, folder=name))
+        gap, largest = difference(folder)
+    print(f"checkpoint of {size / 1e6:,.0f} MB, largest tensor {args.vocab_size * args.d_model * 2 / 1e6:,.0f} MB")
+    ratios = {}
     for way, results in runs.items():
         seconds, grown = (statistics.median(run[key] for run in results) for key in ("seconds", "mb"))
         print(f"{way:<6} {seconds:6.2f} s, memory grows by {grown:6,.0f} MB")
-    ratios = {}
-    for key in ("seconds", "mb"):
-        each = [theirs[key] / mine[key] for mine, theirs in zip(runs["ours"], runs["plain"])]
-        ratios[key] = statistics.median(each), min(each), max(each)
-        print("plain / ours, {}: {:.1f} ({:.1f} to {:.1f})".format(key, *ratios[key]))
-    print(f"largest difference of the two results {largest:.2g}, of weights up to {highest:.2g}")
-    machine = {"device": f"{os.cpu_count()} CPU cores", "torch": torch.__version__}
-    shown = {key: value for key, value in vars(args).items() if key != "measure"}
-    print(json.dumps(shown | machine | {"checkpoint_mb": size, "tensor_mb": tensor, "runs": runs, "ratios": ratios}))
+    for key, what in (("seconds", "times as fast"), ("mb", "times less memory")):
+        ratios[key] = common.ratios([run[key] for run in runs["plain"]], [run[key] for run in runs["ours"]])
+        print("{}: {:.1f} ({:.1f} to {:.1f})".format(what, *ratios[key]))
+    print(f"largest difference of the two results {gap:.2g}, of weights up to {largest:.2g}")
+    ceiling = common.copy_ceiling(torch.device("cpu"))
+    share = size / statistics.median(run["seconds"] for run in runs["ours"]) / ceiling
+    print(f"ours: {share:.0%} of the rate at which memory is copied ({ceiling / 1e9:.1f} GB/s)")
+    common.print_json(args, checkpoint_mb=size / 1e6, runs=runs, ratios=ratios, copy_gb_per_s=ceiling / 1e9)
 
 
 if __name__ == "__main__":

@@ -102,10 +102,14 @@ def peak_memory_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000 * (1.024 if sys.platform != "darwin" else 1e-3)
 
 
-def own_process(*command):
-    """Runs `python -m` with these arguments, as memory once used counts for ever; returns the JSON line it ends with."""
-    command = [sys.executable, "-m", *map(str, command)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def own_process(module, args, **changes):
+    """Runs a benchmark with the flags of `args` and `changes`; returns the JSON line it ends with.
+
+    In a process of its own, as memory that was used once counts for ever.
+    """
+    flags = {key: value for key, value in (vars(args) | changes).items() if value not in (None, False)}
+    words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in flags.items()]
+    done = subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])

@@ -264,7 +264,6 @@ def test_letters_of_all_kinds(tokenizer):
 
 def test_unusable_rows(tokenizer):
     """Empty texts; and a template that puts something else than the answer behind the prompt."""
-    header = pt.extra_header(tokenizer)
     rows = tokenize([("", "a"), ("a", ""), (" \n", "a"), ("a", "\t "), ("a", "b")], tokenizer)
     assert [row is None for row in rows] == [True, True, True, True, False]
     thinks = with_template(tokenizer, CHATML_TURNS + if_asked(say(CHATML_HEADER + "<think>\n\n</think>\n\n")))
