@@ -102,7 +102,7 @@ def load_rows(name, split, needs_type):
 def encode(dataset, tokenizer, max_len, max_samples, filter_type):
     """Tokenizes rows with query, response and perhaps type, in batches, until max_samples are kept (0 = no limit).
 
-    Returns a list of (prompt_len, full_ids, an int64 array), and how many rows were kept, skipped by type, too long, and
+    Returns a list of (prompt_len, full_ids as int64 array), and how many rows were kept, skipped by type, too long, and
     unusable: rows with an empty text, or that cannot be written as prompt and answer (see tokenize).
     """
     from tqdm import tqdm

@@ -317,6 +317,8 @@ def lora_model(folder, knobs, place):
         r=knobs.LORA_R, lora_alpha=knobs.LORA_ALPHA, lora_dropout=knobs.LORA_DROPOUT, target_modules=knobs.TARGET_MODS
     )
     model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    if knobs.COMPILE:
+        compile_layers(model)
     model.train()  # a loaded model is in evaluation mode, in which gradient checkpointing does nothing
     adapted = sum(layer.weight.numel() for name, layer in merge.lora_layers(model))
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)

@@ -47,6 +47,7 @@ SAMPLE_EVERY = 0  # steps between sample generations from a few training prompts
 SEED = 42
 BF16 = True  # False = fp32, for CPUs
 GRADIENT_CHECKPOINTING = False  # True: far less activation memory, at the price of one more forward pass
+COMPILE = False  # True: torch compiles the decoder layers in the first steps; not measured on a GPU yet
 
 
 def main():

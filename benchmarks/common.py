@@ -10,9 +10,11 @@ import sys
 import time
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 
 import llada
+import sft
 from experiments.make_base import make_config
 
 LLADA_8B = {
@@ -21,6 +23,7 @@ LLADA_8B = {
     "rms_norm_eps": 1e-5, "weight_tying": False, "mask_token_id": 126336,
     "eos_token_id": 126081, "pad_token_id": 126081,
 }  # fmt: skip
+MODEL_FLAGS = ("vocab_size", "d_model", "n_layers", "llada_8b")
 
 
 def add_model_flags(parser, d_model=256, n_layers=4):
@@ -43,6 +46,15 @@ def random_model(args, device):
             return llada.LLaDAForCausalLM(config)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def parameters(config, rank):
+    """Numbers of parameters of a model, and of adapters of `rank` on all its linears."""
+    with torch.device("meta"):
+        model = llada.LLaDAForCausalLM(config)
+        base = model.num_parameters()
+        model = get_peft_model(model, LoraConfig(r=rank, target_modules=sft.LINEARS))
+    return base, model.num_parameters(only_trainable=True)
 
 
 def in_turn(variants, repeats, device):

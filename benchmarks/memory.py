@@ -13,14 +13,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 import llada
 import sft
 import train_blockwise as defaults
+from benchmarks.common import LLADA_8B, parameters
 
 GB = 1e9
-LLADA_8B = {
-    "model_type": "llada", "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "mlp_hidden_size": 12288,
-    "vocab_size": 126464, "embedding_size": 126464, "max_sequence_length": 4096, "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5, "weight_tying": False, "mask_token_id": 126336,
-    "eos_token_id": 126081, "pad_token_id": 126081,
-}  # fmt: skip
 
 
 class OneLayer(torch.nn.Module):
@@ -60,11 +55,7 @@ def saved_bytes_per_token(config, dropout, tokens=64):
 
 def main():
     config = llada.LLaDAConfig.from_dict(LLADA_8B)
-    with torch.device("meta"):
-        model = llada.LLaDAForCausalLM(config)
-        base = sum(p.numel() for p in model.parameters())
-        model = get_peft_model(model, LoraConfig(r=defaults.LORA_R, target_modules=sft.LINEARS))
-    lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    base, lora = parameters(config, defaults.LORA_R)
     print(f"base {base:,} parameters x 2 bytes = {base * 2 / GB:.1f} GB")
     print(f"adapters {lora:,} x 2 bytes = {lora * 2 / GB:.2f} GB, their gradients as much")
     print(f"optimizer {lora:,} x 12 bytes (fp32 copy, two moments) = {lora * 12 / GB:.1f} GB / GPUs")

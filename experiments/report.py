@@ -34,6 +34,7 @@ TITLES = {
     "K3": "the padding up to MAX_LEN as part of the answer, decoded with gen_length 28",
     "K4": "loss weighted 1/p x number of blocks",
     "K5": "fewer decoding steps",
+    "K6": "dropout on the inputs of the adapters (the trainers' default is 0.05)",
 }
 HEAD = """# Results
 

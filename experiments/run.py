@@ -87,6 +87,11 @@ CLAIMS = {
         for name, script, knobs in (("full sequence", FULLSEQ, {}), ("block-wise", BLOCKWISE, {"BLOCK_SIZE": 8}))
         for steps in (8, 4, 2, 1)
     ],
+    "K6": [
+        Setting(f"{name}, dropout {rate}", script, {"LORA_DROPOUT": rate})
+        for name, script in BOTH
+        for rate in (0.0, 0.05)
+    ],
 }
 
 

@@ -1,0 +1,123 @@
+"""How cost grows: a training step over row length, batch and LoRA rank; pt.py and the start of a run over rows of data.
+
+    python -m benchmarks.bench_growth --steps
+    python -m benchmarks.bench_growth --data --rows 1000 10000 100000
+
+Steps are those of bench_train.py ('ours'), each size in a process of its own. The data are the demo's additions; the
+start of a run is the time from the launcher's command to the first line of train_loss.csv, with the demo's model on two
+ranks. Prints tables and a JSON line.
+"""
+
+import argparse
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import common
+
+ROOT = Path(__file__).parent.parent
+RANKS = 2  # as in demo.sh
+SWEEPS = {
+    "length": (256, 512, 1024, 2048, 4096),
+    "batch": (1, 2, 4, 8, 16, 32, 64),
+    "rank": (16, 64, 256),
+}
+
+
+def grow_steps(args):
+    """Seconds and memory of a step for each value of each sweep; the other sizes stay as the flags say."""
+    results, sizes = [], [(name, value) for name, values in SWEEPS.items() for value in values]
+    for name, value in tqdm(sizes, desc="sizes"):
+        batch = {"batch": 2} if name == "length" else {}
+        flags = argparse.Namespace(
+            **{key: vars(args)[key] for key in ("vocab_size", "d_model", "n_layers", "llada_8b")}
+        )
+        run = common.own_process(
+            "benchmarks.bench_train", flags, only="ours", repeats=args.repeats, **batch, **{name: value}
+        )
+        results.append({"what": name, "value": value, **run})
+    print("what    value   s/step (min - max)       memory in MB")
+    for row in results:
+        seconds = row["seconds"]
+        spread = f"{statistics.median(seconds):8.3f} ({min(seconds):.3f} - {max(seconds):.3f})"
+        print(f"{row['what']:<7} {row['value']:>5} {spread:<26} {row['mb']:8,.0f}")
+    return results
+
+
+def timed(command, folder, until=None):
+    """Seconds that a command takes, or takes until a file has two lines, and its output. It must succeed."""
+    began, end = time.perf_counter(), None
+    with open(folder / "output.txt", "w") as output:
+        process = subprocess.Popen(list(map(str, command)), cwd=folder, stdout=output, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            if until and end is None and until.exists() and until.read_text().count("\n") > 1:
+                end = time.perf_counter()
+            time.sleep(0.02)
+    if process.returncode:
+        raise SystemExit((folder / "output.txt").read_text())
+    return (end or time.perf_counter()) - began
+
+
+def start_command(rows_file):
+    """The demo's block-wise training, one step."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    knobs = {"MODEL": ROOT / "demo/base", "PT_FILE": rows_file, "MASK_ID": 4, "MAX_LEN": 64, "MAX_SAMPLES": 0}
+    knobs |= {"BF16": torch.cuda.is_available(), "LORA_R": 16, "LORA_ALPHA": 32, "TOTAL_TRAIN_STEPS": 1}
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", RANKS, "--master_port", port]
+    return [*launcher, ROOT / "train_blockwise.py", "--CKPT_DIR=run/c", *(f"--{k}={v}" for k, v in knobs.items())]
+
+
+def grow_data(args):
+    """Seconds of pt.py, the size of its file, and seconds until a run's first step, for each number of rows."""
+    results = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for rows in tqdm(args.rows, desc="rows"):
+            make = [sys.executable, ROOT / "experiments/make_data.py", "--output", folder / "data", "--rows", rows]
+            timed(make, folder)
+            prepare = [sys.executable, ROOT / "pt.py", "--model", ROOT / "demo/base", "--dataset", folder / "data"]
+            prepare += ["--output", folder / "rows.pt", "--max_samples", 0]
+            seconds, starts = timed(prepare, folder), []
+            for _ in range(args.repeats):
+                shutil.rmtree(folder / "run", ignore_errors=True)
+                log = folder / "run/c_logs/train_loss.csv"
+                starts.append(timed(start_command(folder / "rows.pt"), folder, until=log))
+            size = (folder / "rows.pt").stat().st_size / 1e6
+            results.append({"rows": rows, "pt_seconds": seconds, "mb": size, "start_seconds": starts})
+            shutil.rmtree(folder / "data")
+    print("     rows   pt.py in s   file in MB   s until the first step (min - max)")
+    for row in results:
+        starts = row["start_seconds"]
+        spread = f"{statistics.median(starts):8.1f} ({min(starts):.1f} - {max(starts):.1f})"
+        print(f"{row['rows']:>9,} {row['pt_seconds']:12.1f} {row['mb']:12,.1f} {spread}")
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.add_model_flags(parser)
+    parser.add_argument("--steps", action="store_true", help="the training step")
+    parser.add_argument("--data", action="store_true", help="pt.py and the start of a run")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    results = {"steps": grow_steps(args)} if args.steps else {}
+    results |= {"data": grow_data(args)} if args.data else {}
+    common.print_json(args, **results)
+
+
+if __name__ == "__main__":
+    main()

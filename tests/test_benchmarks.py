@@ -1,0 +1,135 @@
+"""The fast paths give what the plain ones give, and each benchmark runs."""
+
+import argparse
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import problems
+
+from benchmarks import bench_data, bench_decode, bench_growth, bench_merge, bench_train, common, memory, scale
+
+CPU = torch.device("cpu")
+TINY = {"vocab_size": 300, "d_model": 64, "n_layers": 2, "llada_8b": False}
+
+
+def trainer(seed):
+    """A bench_train.Trainer of a tiny model whose adapters do something."""
+    args = argparse.Namespace(**TINY, batch=3, length=128, rank=4, seed=seed)
+    made = bench_train.Trainer(args, CPU)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in made.model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.1, generator=generator)
+    return made
+
+
+def loss_and_gradients(trainer, step):
+    trainer.set(step)
+    trainer.optimizer.zero_grad()
+    loss = trainer.loss(step)
+    loss.backward()
+    gradients = {name: weight.grad for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    return loss.detach(), {name: gradient.clone() for name, gradient in gradients.items()}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", [name for name, step in bench_train.VARIANTS.items() if not step.dropout])
+def test_every_variant_of_a_step_has_the_plain_loss_and_gradients(name, seed):
+    """In fp32; sums come in another order, which is worth a few units of its last place (6e-8 of 1)."""
+    step = bench_train.VARIANTS[name]
+    if step.compiled and (seed or not shutil.which("g++")):
+        pytest.skip("compiling takes long, and needs g++")
+    made = trainer(seed)
+    wanted_loss, wanted = loss_and_gradients(made, bench_train.VARIANTS["plain"])
+    loss, gradients = loss_and_gradients(made, step)
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=0)
+    largest = max(gradient.abs().max() for gradient in wanted.values())
+    assert largest > 1e-3 and wanted.keys() == gradients.keys()
+    for key in wanted:
+        torch.testing.assert_close(gradients[key], wanted[key], rtol=1e-4, atol=1e-5 * float(largest))
+
+
+def test_operations_of_llada_8b_are_the_known_ones():
+    """32.6 GFLOP a token with the head at 32 of 256 positions, 34.4 with all of them, counted by others."""
+    config = memory.llada.LLaDAConfig.from_dict(common.LLADA_8B)
+    for heads, wanted in ((32, 32.6), (256, 34.4)):
+        assert common.step_flops(config, 256, 256, 256, heads) / 256 / 1e9 == pytest.approx(wanted, rel=0.005)
+    assert common.parameters(config, 256) == (8_015_581_184, 671_088_640)
+
+
+def test_operations_are_those_of_the_matrix_products():
+    """Against torch's own counter, on a tiny model."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    made = trainer(0)
+    made.set(bench_train.Step())
+    scored = made.masks("tensor", *made.batch("tensor")[1:])[1].sum()
+    with FlopCounterMode(display=False) as counter:
+        made.loss(bench_train.Step()).backward()
+    mine = common.step_flops(made.config, 4, 3 * 128, 128, int(scored))
+    assert mine == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def results(module, monkeypatch, capsys, *flags):
+    """Runs a benchmark's main in this process; returns what it printed and its JSON line."""
+    monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, flags)])
+    module.main()
+    out = capsys.readouterr().out
+    return out, json.loads(out.splitlines()[-1])
+
+
+def test_rows(monkeypatch, capsys, tmp_path, base):
+    lines = [json.dumps({"question": row["query"], "answer": row["response"]}) for row in problems(300, 3)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    for model in ((), ("--model", base)):  # the second has tokens that reach over the border
+        out, found = results(
+            bench_data, monkeypatch, capsys, "--data", tmp_path / "train.jsonl", "--repeats", 2, *model
+        )
+        assert "the same from both ways" in out and len(found["times"]["ours"]) == 2
+
+
+def test_rows_that_differ_are_noticed(tmp_path):
+    for name, ids in (("plain", [1, 2, 3]), ("ours", [1, 2, 4])):
+        torch.save([{"prompt_len": 1, "full_ids": torch.tensor(ids)}], tmp_path / name)
+    with pytest.raises(SystemExit, match="the two ways differ"):
+        bench_data.check_same(tmp_path)
+
+
+def test_merge(monkeypatch, capsys):
+    small = ("--gigabytes", 0.005, "--d_model", 64, "--vocab_size", 1000, "--repeats", 1)
+    _, found = results(bench_merge, monkeypatch, capsys, *small)
+    assert found["ratios"].keys() == {"seconds", "mb"} and found["checkpoint_mb"] > 1
+
+
+def test_train_and_decode(monkeypatch, capsys):
+    size = [part for key in ("vocab_size", "d_model", "n_layers") for part in (f"--{key}", TINY[key])]
+    monkeypatch.setattr(common, "own_process", lambda *args, **changes: {"mb": 1.0})
+    monkeypatch.setattr(common, "copy_ceiling", lambda device: 1e10)
+    _, found = results(bench_train, monkeypatch, capsys, *size, "--batch", 2, "--length", 128, "--repeats", 2)
+    for variant in found["variants"].values():
+        assert len(variant["seconds"]) == 2
+        assert variant["loss"] == pytest.approx(found["variants"]["plain"]["loss"], rel=0.1)  # 0.1: dropout
+    _, found = results(bench_decode, monkeypatch, capsys, *size, "--limit", 2, "--gen_length", 16, "--repeats", 1)
+    assert found["variants"]["exact, one by one"]["same_tokens"] == 1.0
+
+
+def test_growth(monkeypatch, capsys):
+    monkeypatch.setattr(bench_growth, "SWEEPS", {"rank": (4, 8)})
+    monkeypatch.setattr(common, "own_process", lambda *args, **changes: {"seconds": [changes["rank"]], "mb": 1.0})
+    _, found = results(bench_growth, monkeypatch, capsys, "--steps")
+    assert [row["seconds"] for row in found["steps"]] == [[4], [8]]
+    _, found = results(bench_growth, monkeypatch, capsys, "--data", "--rows", 100, "--repeats", 1)
+    assert found["data"][0]["rows"] == 100 and 1 < found["data"][0]["start_seconds"][0] < 120
+
+
+def test_scale(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scale.py", "--tflops", "1000", "--nvlink", "1", "--network", "1"])
+    scale.main()
+    lines = [line.replace(",", "").split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[0] for line in lines] == ["1", "2", "4", "8", "16", "32", "64"]
+    one, two = ([float(field.rstrip("%")) for field in line] for line in lines[:2])
+    assert one[4] == 0 and two[4] == pytest.approx(2 * 671_088_640 * 2 / 2 / 1e9, abs=0.01)  # half of it, twice
+    assert two[5] == pytest.approx(1342, abs=1) and two[2] == pytest.approx(one[2] / 2, abs=0.01)
