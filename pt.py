@@ -7,11 +7,12 @@ Output: torch.save of a list of {"prompt_len": int, "full_ids": LongTensor}. ful
 """
 
 import argparse
-import os
+import io
 import re
 from itertools import takewhile
 from pathlib import Path
 
+import files
 from cli import InputError, run
 
 INSTRUCTION = (
@@ -59,13 +60,10 @@ def save(rows, output):
     """torch.save that leaves either the whole file or what was there before. Raises InputError."""
     import torch
 
-    unfinished = Path(f"{output}.unfinished")
-    try:
-        torch.save(rows, unfinished)
-        os.replace(unfinished, output)
-    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError when the disk is full
-        unfinished.unlink(missing_ok=True)
-        raise InputError(f"--output {output} cannot be written: {error}") from error
+    content = io.BytesIO()
+    torch.save(rows, content)
+    with files.writing(f"--output {output}"):
+        files.replace(output, content.getvalue())
 
 
 def load_split(name, split, config=None):
