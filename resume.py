@@ -36,7 +36,8 @@ def hint(log):
         yield
     except InputError as error:
         step = next(map(step_of, points(log.folder)), 0)
-        raise InputError(f"{error} The same command with --RESUME=True goes on after step {step}.") from error
+        where = f"goes on after step {step}" if step else "begins it again"
+        raise InputError(f"{error} The same command with --RESUME=True {where}.") from error
 
 
 # ---------------------------------------------------------------- saving

@@ -7,7 +7,9 @@ import random
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,18 @@ from stories import problem
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the tests need no GPU, and compare fp32 numbers
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="all faults of tests/faults, not a sample of them")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many faults of each kind were tried, and survived."""
+    passed = terminalreporter.stats.get("passed", [])
+    faults = Counter(value for report in passed for name, value in report.user_properties if name == "fault")
+    for kind, number in sorted(faults.items()):
+        terminalreporter.write_line(f"{number:>5} {kind}")
 
 
 def problems(number, seed):
@@ -108,3 +122,37 @@ def launch(ranks, script, *args, cwd):
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = [str(part) for part in (*command, *args)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def forked(base, pt_file):
+    """forked(cwd, ranks=1, script=..., faults=..., **knobs) runs a training; see faults/server.py.
+
+    Returns the exit codes of its ranks, the seconds it took, and what it said.
+    """
+    command = [sys.executable, ROOT / "tests/faults/server.py"]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def train(cwd, ranks=1, script="train_blockwise.py", faults=None, **changes):
+        knobs = TRAINING | {"MODEL": base, "PT_FILE": pt_file} | changes
+        output = cwd.with_name(f"{cwd.name}.output")
+        output.unlink(missing_ok=True)
+        faults = {"folder": str(cwd / "out"), **faults} if faults else {}
+        request = {"script": script, "ranks": ranks, "cwd": str(cwd), "output": str(output), "faults": faults}
+        cwd.mkdir(exist_ok=True)
+        server.stdin.write(json.dumps(request | {"argv": [f"--{k}={v}" for k, v in knobs.items()]}) + "\n")
+        server.stdin.flush()
+        answer = json.loads(server.stdout.readline())
+        return SimpleNamespace(**answer, output=output.read_text())
+
+    yield train
+    server.stdin.close()
+    server.wait(30)
+
+
+# 4 steps, a checkpoint after 3 and 4, a resume point after each; dropout, to see whether its random numbers come back
+TRAINING = {
+    "MASK_ID": 4, "MAX_LEN": 192, "LORA_R": 4, "LORA_ALPHA": 8, "LORA_DROPOUT": 0.1, "LR": 1e-2, "BF16": False,
+    "MICRO_BSIZE": 2, "GRAD_ACC": 2, "BLOCK_SIZE": 16, "CKPT_DIR": "out/run ö", "TOTAL_TRAIN_STEPS": 4,
+    "SAVE_EVERY": 3, "RESUME_EVERY": 1,
+}  # fmt: skip

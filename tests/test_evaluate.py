@@ -239,7 +239,7 @@ def test_a_full_disk_ends_with_a_sentence_and_keeps_what_is_there(base, data, tm
 
     def full(descriptor):
         synced.append(descriptor)
-        if len(synced) > 3:  # the folder and its settings, then the first answers
+        if len(synced) > 6:  # settings and an empty result, each with its folder, then two batches
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
 

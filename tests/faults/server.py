@@ -132,8 +132,9 @@ class Faults:
 
     def counted_write(self, path, chunks):
         def counted():
-            for chunk in chunks:
-                self.event("chunk", path)
+            for i, chunk in enumerate(chunks):
+                if i < 2:  # nothing of the file is written, or a part of it
+                    self.event("chunk", os.path.abspath(path))
                 yield chunk
 
         return self.write(path, counted())
