@@ -78,7 +78,7 @@ def train(knobs, turns, hide):
         bar = tqdm(range(done + 1, steps + 1), "training", steps, initial=done, unit="step", disable=place.rank != 0)
         for step in bar:
             began, lr = time.perf_counter(), engine.get_lr()[0]
-            result = train_step(engine, knobs, place, rows, plan, hide, step, stop=bool(watch.stop))
+            result = train_step(engine, knobs, place, rows, plan, hide, step, asked=lambda: watch.stop)
             log.row(step, lr, result, global_batch(knobs, place) * knobs.MAX_LEN / (time.perf_counter() - began))
             bar.set_postfix(loss=f"{result.loss:.3f}")
             bad_steps = bad_steps + 1 if result.bad_rows else 0
@@ -113,8 +113,8 @@ class Step:
     stop: bool  # some rank has been asked to stop
 
 
-def train_step(engine, knobs, place, rows, plan, hide, step, stop=False):
-    """One optimizer step over the global batch number `step`, from 1. stop: this rank has been asked to. See Step."""
+def train_step(engine, knobs, place, rows, plan, hide, step, asked=lambda: False):
+    """One optimizer step over global batch number `step`, from 1. asked(): whether this rank is to stop. See Step."""
     size = global_batch(knobs, place)
     sample, turn = plan[(step - 1) * size : step * size].T  # (G,), (G,)
     generator = torch.Generator(place.device).manual_seed(derive_seed(knobs.SEED, "masks", step))
@@ -133,7 +133,7 @@ def train_step(engine, knobs, place, rows, plan, hide, step, stop=False):
         loss = loss * (1 + 0 * losses[-1])  # no number: no gradient is one either, and the engine skips the step
         engine.backward(loss * place.world * knobs.GRAD_ACC)  # as the engine averages over ranks and micro-batches
         engine.step()  # changes the weights at the last micro-batch only
-    losses, stop = share(losses, stop)  # (ranks, GRAD_ACC)
+    losses, stop = share(losses, bool(asked()))  # (ranks, GRAD_ACC)
     supervised = int(scored.sum())
     bad_rows = []
     if not engine.was_step_applied():

@@ -8,18 +8,20 @@ of a run, at which it can be killed, are all that it does to files below its CKP
 import errno
 import json
 import os
+import re
 import resource
 import runpy
 import signal
 import socket
 import sys
-import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
+import cli  # noqa: E402
 import files  # noqa: E402
 import sft  # noqa: E402
 
@@ -38,7 +40,7 @@ def main():
         request = json.loads(line)
         began, port = time.monotonic(), free_port()
         ranks = [start(request, rank, port) for rank in range(request["ranks"])]
-        codes = wait(ranks, began, request.get("faults", {}).get("together", False))
+        codes = wait(ranks, began, request["faults"].get("together", False))
         print(json.dumps({"codes": codes, "seconds": time.monotonic() - began}), flush=True)
 
 
@@ -72,7 +74,8 @@ def start(request, rank, port):
     sys.argv = [request["script"], f"--local_rank={rank}", *request["argv"]]
     code = 1
     try:
-        Faults(request.get("faults", {}), rank)
+        Faults(request["faults"], rank)
+        cli.time = SimpleNamespace(sleep=lambda seconds: None)  # no launcher will end a rank that waits for that
         runpy.run_path(str(ROOT / request["script"]), run_name="__main__")
         code = 0
     except SystemExit as end:
@@ -90,44 +93,42 @@ def start(request, rank, port):
 class Faults:
     """Counts the events of a rank, and lets it be killed, or fail to write, at one of them.
 
-    faults: "rank": whose events count, the others have no faults; "trace": file that gets a line for each event;
-    "kill": number of the event before which the rank is killed; "full": that from which on the disk is full;
-    "signal": [event, number of the signal that the rank sends to itself]; "after": seconds until it is killed;
-    "bytes": no file can become larger; "folder": events are changes of files below it.
+    faults: "folder": events are changes of files below it, flushes, and optimizer steps; "rank": whose events, the
+    others have no faults; "trace": file that gets a line `number kind path` for each; "kill": number of the event
+    before which the rank is killed; "full": pattern of the line of the event from which on nothing can be written;
+    "bytes": no file can become larger; "at_step": [step, signal that the rank gets when it begins].
     """
 
     def __init__(self, faults, rank):
         if not faults or rank != faults.get("rank", 0):
             return
-        self.faults, self.count, self.fsync, self.write = faults, 0, os.fsync, files.write
+        self.faults, self.count, self.steps, self.full = faults, 0, 0, False
+        self.fsync, self.write, self.step = os.fsync, files.write, sft.train_step
         self.trace = open(faults["trace"], "a") if "trace" in faults else None  # noqa: SIM115
-        self.step = sft.train_step
         sys.addaudithook(self.audit)
         os.fsync, files.write, sft.train_step = self.counted_fsync, self.counted_write, self.counted_step
         if "bytes" in faults:
             resource.setrlimit(resource.RLIMIT_FSIZE, (faults["bytes"], resource.RLIM_INFINITY))
-        if "after" in faults:
-            threading.Timer(faults["after"], os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-    def event(self, name, path=""):
+    def event(self, kind, path=""):
         self.count += 1
         if self.trace:
-            os.write(self.trace.fileno(), f"{self.count} {name} {path}\n".encode())
+            os.write(self.trace.fileno(), f"{self.count} {kind} {path}\n".encode())
         if self.count == self.faults.get("kill"):
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.count == self.faults.get("signal", [0])[0]:
-            os.kill(os.getpid(), self.faults["signal"][1])
-        if self.count >= self.faults.get("full", self.count + 1) and name in ("open", "os.mkdir", "fsync", "chunk"):
+        self.full = self.full or ("full" in self.faults and re.search(self.faults["full"], f"{kind} {path}"))
+        if self.full and kind in ("open", "os.mkdir", "fsync", "chunk"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def audit(self, name, args):
-        if name in CHANGES or (name == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)):
-            path = os.path.abspath(os.fsdecode(args[0])) if isinstance(args[0], (str, bytes, os.PathLike)) else ""
+    def audit(self, kind, args):
+        writes = kind == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if (writes or kind in CHANGES) and isinstance(args[0], (str, bytes, os.PathLike)):
+            path = os.path.abspath(os.fsdecode(args[0]))
             if path.startswith(self.faults["folder"]):
-                self.event(name, path)
+                self.event(kind, path)
 
     def counted_fsync(self, descriptor):
-        self.event("fsync")
+        self.event("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
         self.fsync(descriptor)
 
     def counted_write(self, path, chunks):
@@ -141,6 +142,9 @@ class Faults:
 
     def counted_step(self, *args, **more):
         self.event("step")
+        self.steps += 1
+        if self.steps == self.faults.get("at_step", [0])[0]:
+            os.kill(os.getpid(), self.faults["at_step"][1])
         result = self.step(*args, **more)
         self.event("stepped")
         return result

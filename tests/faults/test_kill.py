@@ -43,7 +43,7 @@ def phase(event):
     if "resume_step" in path or "/step0" in path:
         what = "resume point" if "resume_step" in path else "checkpoint"
         return f"{what}, rename" if kind == "os.rename" else what
-    return {"fsync": "flush", "step": "step", "stepped": "step"}.get(kind, "logs")
+    return "step" if kind in ("step", "stepped") else "logs"
 
 
 def test_killed_and_resumed(forked, uninterrupted, tmp_path, record_property, setup, point, together):
