@@ -113,14 +113,24 @@ def run(script, *args, cwd=ROOT, env=None):
     return subprocess.run(command, cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True, timeout=300)
 
 
-def launch(ranks, script, *args, cwd):
-    """Runs a trainer in the folder `cwd` through the real deepspeed launcher on `ranks` CPU ranks."""
+def arguments(script, knobs):
+    """Knobs as flags of a trainer."""
+    return [f"--{name}={value}" for name, value in knobs.items() if "fullseq" not in script or name != "BLOCK_SIZE"]
+
+
+def launcher_command(ranks, script, *args):
+    """The command that runs a trainer through the real deepspeed launcher on CPU ranks, and its environment."""
     with socket.socket() as probe:  # a free port, so that other runs on the machine do not matter
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", ranks, "--master_port", port, ROOT / script]
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = [str(part) for part in (*command, *args)]
+    return [str(part) for part in (*command, *args)], env
+
+
+def launch(ranks, script, *args, cwd):
+    """Runs a trainer in the folder `cwd` by that command. Returns the finished process."""
+    command, env = launcher_command(ranks, script, *args)
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -140,7 +150,7 @@ def forked(base, pt_file):
         faults = {"folder": str(cwd / "out"), **faults} if faults else {}
         request = {"script": script, "ranks": ranks, "cwd": str(cwd), "output": str(output), "faults": faults}
         cwd.mkdir(exist_ok=True)
-        server.stdin.write(json.dumps(request | {"argv": [f"--{k}={v}" for k, v in knobs.items()]}) + "\n")
+        server.stdin.write(json.dumps(request | {"argv": arguments(script, knobs)}) + "\n")
         server.stdin.flush()
         answer = json.loads(server.stdout.readline())
         return SimpleNamespace(**answer, output=output.read_text())

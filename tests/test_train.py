@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import launch, run
+from conftest import arguments, launch, run
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -31,9 +31,8 @@ KNOBS = {
 }  # fmt: skip
 
 
-def arguments(script, base, pt_file, **changes):
-    knobs = KNOBS | {"MODEL": base, "PT_FILE": pt_file} | changes
-    return [f"--{name}={value}" for name, value in knobs.items() if "fullseq" not in script or name != "BLOCK_SIZE"]
+def flags(script, base, pt_file, **changes):
+    return arguments(script, KNOBS | {"MODEL": base, "PT_FILE": pt_file} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def trained(tmp_path_factory, base, pt_file):
         key = (script, ranks, again, *sorted(changes.items()))
         if key not in runs:
             folder = tmp_path_factory.mktemp("run") if not again else train(script, ranks, again - 1, **changes)[0]
-            done = launch(ranks, script, *arguments(script, base, pt_file, **changes), cwd=folder)
+            done = launch(ranks, script, *flags(script, base, pt_file, **changes), cwd=folder)
             assert done.returncode == 0, done.stdout + done.stderr
             runs[key] = folder, done.stdout + done.stderr
         return runs[key]
@@ -267,7 +266,7 @@ def test_epochs_draw_other_blocks_until_all_are_used(trained, pt_file):
 )
 def test_bad_input_ends_the_job_with_one_sentence_and_leaves_nothing(tmp_path, base, pt_file, changes, said):
     script = "train_blockwise.py"
-    done = launch(2, script, *arguments(script, base, pt_file, **changes), cwd=tmp_path)
+    done = launch(2, script, *flags(script, base, pt_file, **changes), cwd=tmp_path)
     assert done.returncode != 0 and not list(tmp_path.iterdir())
     output = done.stdout + done.stderr
     assert output.count(said) == 1 and "Traceback" not in output
