@@ -8,9 +8,12 @@ import re
 
 def results(folder):
     """What is compared: {file: bytes} of the losses and of all that has the name of a checkpoint."""
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    kept = [file for file in files if file.name == "train_loss.csv" or re.search(r"_step\d{4}/", file.as_posix())]
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in kept if "resume_" not in file.as_posix()}
+    kept = {}
+    for file in folder.rglob("*"):
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and re.search(r"^[^/]*(_step\d{4}(-v\d+)?/|/train_loss.csv$)", name):
+            kept[name] = file.read_bytes()
+    return kept
 
 
 def check_left(folder, reference, may_be_empty=False):

@@ -15,7 +15,7 @@ SETUPS = {"1 rank": {"ranks": 1}, "2 ranks": {"ranks": 2, "BF16": True, "MICRO_B
 def pytest_generate_tests(metafunc):
     """The points of a run at which it is killed, as shares of its events."""
     if "point" in metafunc.fixturenames:
-        one, two = (80, 16) if metafunc.config.getoption("full") else (8, 2)
+        one, two = (48, 12) if metafunc.config.getoption("full") else (8, 2)
         points = [("1 rank", (i + 0.5) / one, True) for i in range(one)]
         points += [("2 ranks", (i + 0.5) / two, i % 2) for i in range(two)]  # both ranks, or one of them
         metafunc.parametrize("setup, point, together", points)
