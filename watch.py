@@ -88,8 +88,11 @@ def launchers():
 
     If one of them is killed, the ranks would run on with nobody to stop them.
     """
-    parent = psutil.Process(os.getppid())
-    runner = parent.parent() if "deepspeed.launcher.launch" in parent.cmdline() else None
+    try:
+        parent = psutil.Process(os.getppid())
+        runner = parent.parent() if "deepspeed.launcher.launch" in parent.cmdline() else None
+    except psutil.Error:  # started by a system process that we may not look at, as under some Slurms
+        return []
     return [parent] + [runner] * bool(runner)
 
 
