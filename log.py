@@ -48,6 +48,7 @@ class Log:
         """Makes the folder of a new run, or finds that of the run to resume. Raises InputError on all ranks."""
         self.place, self.steps, self.began = place, steps, time.perf_counter()
         self.folder, self.suffix, self.resumed = place.on_first_rank(lambda: self.open(knobs, base, engine_config))
+        self.last_checkpoint = checkpoint_folder(knobs.CKPT_DIR, steps, self.suffix)
         if place.rank == 0:
             fcntl.flock(self.lock, fcntl.LOCK_SH)  # now every rank holds it: no run starts beside one that is left
         place.on_first_rank(lambda: None)

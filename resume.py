@@ -78,9 +78,10 @@ def content_of(tensors):
 
 
 def remove(some):
-    for point in some:
+    """Removes resume points, the oldest first. What is removed in part no longer has the name of one."""
+    for point in reversed(some):
         with files.writing(point):
-            shutil.rmtree(point)
+            shutil.rmtree(point.rename(point.with_name(f"{point.name}.unfinished")))
 
 
 # ---------------------------------------------------------------- loading
@@ -104,6 +105,8 @@ def load(engine, place, log):
         say(place, "warning", f"{point} is damaged: {problems[0]}. The one before is used.")
     if there:
         raise InputError(f"no resume point of {log.folder} is undamaged; start a new run without --RESUME=True.")
+    if log.resumed and place.on_first_rank(log.last_checkpoint.exists):  # it was killed while it removed its points
+        return log.steps, 0
     if log.resumed:
         say(place, "resume", f"{log.folder} has no resume point yet: it begins at step 1")
     place.on_first_rank(lambda: log.start(None))

@@ -96,7 +96,8 @@ class Faults:
     faults: "folder": events are changes of files below it, flushes, and optimizer steps; "rank": whose events, the
     others have no faults; "trace": file that gets a line `number kind path` for each; "kill": number of the event
     before which the rank is killed; "full": pattern of the line of the event from which on nothing can be written;
-    "bytes": no file can become larger; "at_step": [step, signal that the rank gets when it begins].
+    "bytes": no file can become larger; "at_step": [step, signal that the rank gets when it begins];
+    "elsewhere": folder that the rank works in, as on a machine that does not share the run's.
     """
 
     def __init__(self, faults, rank):
@@ -107,6 +108,8 @@ class Faults:
         self.trace = open(faults["trace"], "a") if "trace" in faults else None  # noqa: SIM115
         sys.addaudithook(self.audit)
         os.fsync, files.write, sft.train_step = self.counted_fsync, self.counted_write, self.counted_step
+        if "elsewhere" in faults:
+            os.chdir(faults["elsewhere"])
         if "bytes" in faults:
             resource.setrlimit(resource.RLIMIT_FSIZE, (faults["bytes"], resource.RLIM_INFINITY))
 

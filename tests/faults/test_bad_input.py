@@ -88,11 +88,11 @@ OTHERS = [
     ("chat.py", ("--model", "a", "--dtype", "int8"), "invalid choice"),
     ("plot_loss.py", (), "the following arguments are required: csv"),
     ("plot_loss.py", ("missing.csv",), "missing.csv cannot be read"),
-    ("plot_loss.py", ("text.pt",), "text.pt is not a CSV with the columns step,loss"),
+    ("plot_loss.py", ("text.pt",), "text.pt holds no step with a loss"),
     ("experiments/run.py", ("C99",), "C99: no such claim"),
     ("experiments/run.py", ("C1", "--smoke"), "--smoke is too small for results.csv"),
     ("experiments/report.py", ("--results", "missing.csv"), "missing.csv cannot be read"),
-    ("experiments/report.py", ("--results", "text.pt"), "text.pt"),
+    ("experiments/report.py", ("--results", "text.pt"), "text.pt is not a CSV with the columns"),
 ]
 
 

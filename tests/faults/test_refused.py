@@ -158,6 +158,16 @@ def test_a_torn_line_and_a_missing_checkpoint_come_back(forked, reference, tmp_p
     check_finished(tmp_path / "run/out", reference / "out")
 
 
+def test_killed_while_removing_its_last_resume_point(forked, reference, tmp_path, record_property):
+    """Its last checkpoint is there: nothing is trained again, and what is left of the point goes."""
+    record_property("fault", "kill points: after the last checkpoint")
+    shutil.copytree(reference, tmp_path / "run")
+    (tmp_path / "run/out/run ö_logs/resume_step0004.unfinished").mkdir()
+    done = forked(tmp_path / "run", RESUME=True, faults={"kill": 10**6, "trace": str(tmp_path / "trace")})
+    assert done.codes == [0] and " step " not in (tmp_path / "trace").read_text()
+    check_finished(tmp_path / "run/out", reference / "out")
+
+
 def test_which_run_is_continued(tmp_path):
     """The newest that is not finished; the folders of other names do not count."""
 
@@ -183,6 +193,14 @@ def test_which_run_is_continued(tmp_path):
     (tmp_path / "run (1)_step0004").mkdir()
     with pytest.raises(InputError, match="_logs-v10 is finished"):
         log.unfinished_run(start)
+
+
+def test_machines_that_do_not_share_the_folder(forked, tmp_path, record_property):
+    record_property("fault", "runs refused")
+    (tmp_path / "elsewhere").mkdir()
+    done = forked(tmp_path / "run", 2, faults={"rank": 1, "elsewhere": str(tmp_path / "elsewhere")})
+    assert done.codes == [1, 1] and "CKPT_DIR must be in a folder that all share (rank 1)" in done.output
+    assert not list((tmp_path / "run/out").glob("*_step*")) and not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_two_runs_started_together_do_not_mix(base, pt_file, reference, tmp_path, record_property):
