@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+STOPPED = os.EX_TEMPFAIL  # 75, the exit code of a training that was asked to stop and can go on with --RESUME=True
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The message names it and says what to do."""
@@ -27,6 +29,7 @@ RANGES = {
     "MAX_GRAD_NORM": (1e-12, math.inf),
     "MICRO_BSIZE": (1, math.inf), "GRAD_ACC": (1, math.inf),
     "TOTAL_TRAIN_STEPS": (0, math.inf), "SAVE_EVERY": (0, math.inf), "SAMPLE_EVERY": (0, math.inf),
+    "RESUME_EVERY": (0, math.inf), "MAX_BAD_STEPS": (1, math.inf),
 }  # fmt: skip
 FLOATS = {name for name, (low, _) in RANGES.items() if isinstance(low, float)}
 

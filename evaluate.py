@@ -11,14 +11,13 @@ problem; the same command again continues an interrupted run, or, once it is com
 import argparse
 import hashlib
 import json
-import os
 import random
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import files
 import pt
 from cli import InputError, read_jsonl, run
 from settings import add_flags, from_flags
@@ -78,7 +77,7 @@ def main():
     prompts = [encode(name, problems, settings) for name in names]  # also of the second, before the first is run
     for name, ids, folder in zip(names, prompts, folders):
         wanted = description(name, problems, ids, args, settings)
-        on_first_rank(place, lambda folder=folder, wanted=wanted: prepare(folder, wanted))
+        place.on_first_rank(lambda folder=folder, wanted=wanted: prepare(folder, wanted))
     answers = [
         evaluate(name, ids, problems, folder, args, settings, place)
         for name, ids, folder in zip(names, prompts, folders)
@@ -132,12 +131,12 @@ def evaluate(name, prompts, problems, folder, args, settings, place):
     """
     order = sorted(range(len(problems)), key=lambda i: -len(prompts[i]))  # similar lengths together, longest first
     batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
-    on_first_rank(place, lambda: collect(folder, batches))
+    place.on_first_rank(lambda: collect(folder, batches))
     done = read_answers(folder)
     todo = [k for k, batch in enumerate(batches) if not done.keys() >= set(batch)]
     if todo:
         answer(name, problems, prompts, batches, todo[place.rank :: place.world], folder, args, settings, place)
-    on_first_rank(place, lambda: collect(folder, batches))
+    place.on_first_rank(lambda: collect(folder, batches))
     answers = read_answers(folder)
     return [answers[i] for i in range(len(problems))]
 
@@ -171,24 +170,6 @@ def answer(name, problems, prompts, batches, todo, folder, args, settings, place
     bar.close()
 
 
-def on_first_rank(place, function):
-    """Runs a function on the first rank once all are here; they wait for it. Its InputError is raised on all ranks."""
-    import torch.distributed as dist
-
-    problem = [None]
-    if place.world > 1:
-        dist.barrier()
-    if place.rank == 0:
-        try:
-            function()
-        except InputError as error:
-            problem = [str(error)]
-    if place.world > 1:
-        dist.broadcast_object_list(problem)
-    if problem[0]:
-        raise InputError(problem[0])
-
-
 # ---------------------------------------------------------------- the folder of results
 
 
@@ -199,8 +180,8 @@ def description(name, problems, prompts, args, settings):
     """
     import llada
 
-    files = llada.weight_files(llada.local_folder(name))
-    weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    shards = llada.weight_files(llada.local_folder(name))
+    weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in shards]
     digest = hashlib.sha256(json.dumps([problems, prompts]).encode()).hexdigest()
     more = {key: getattr(args, key) for key in ("task", "batch_size", "dtype", "seed")}
     return {"model": name, "weights": weights, "problems": len(problems), "sha256": digest} | more | asdict(settings)
@@ -210,9 +191,9 @@ def prepare(folder, wanted):
     """Makes the folder of results, or makes sure that it holds those of the same run. Raises InputError."""
     path = folder / "settings.json"
     if not path.exists():
-        with writing(folder):
+        with files.writing(f"--output {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-            replace(path, json.dumps(wanted, indent=2) + "\n")
+            files.replace(path, json.dumps(wanted, indent=2) + "\n")
         return
     try:
         there = json.loads(path.read_text())
@@ -227,28 +208,11 @@ def prepare(folder, wanted):
         )
 
 
-@contextmanager
-def writing(path):
-    """Raises InputError in place of an OSError, as from a full disk."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"--output {path} cannot be written: {error.strerror}. What is there is kept.") from error
-
-
 def append(path, rows):
     """Adds lines to a jsonl file; they are on the disk when this returns."""
-    with writing(path), open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace(path, text):
-    """Writes a file that is whole or as it was before."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    with files.writing(f"--output {path}"):
+        files.append(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        files.sync(path)
 
 
 def read_answers(folder):
@@ -274,8 +238,8 @@ def collect(folder, batches):
     path, text = folder / "answers.jsonl", "".join(json.dumps(answers[i], ensure_ascii=False) + "\n" for i in whole)
     if list(folder.glob("answers*.jsonl")) == [path] and path.read_bytes() == text.encode():
         return  # the results of a finished run may lie where nothing can be written
-    with writing(folder):
-        replace(path, text)
+    with files.writing(f"--output {folder}"):
+        files.replace(path, text)
         for file in folder.glob("answers.rank*.jsonl"):
             file.unlink()
 

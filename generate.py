@@ -11,6 +11,7 @@ import json
 import os
 from pathlib import Path
 
+import files
 import pt
 from cli import InputError, read_jsonl, run
 from settings import add_flags, from_flags
@@ -95,11 +96,8 @@ def write(rows, output):
             print(answer)
         return
     lines = [json.dumps(dict(zip(("prompt", "completion", "token_ids"), row)), ensure_ascii=False) for row in rows]
-    try:
-        with open(output, "a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-    except OSError as error:
-        raise InputError(f"--output {output} cannot be written: {error.strerror}.") from error
+    with files.writing(f"--output {output}"):
+        files.append(output, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ dozen MB whatever the model's size. Sums are made in fp32 and rounded once.
 
 import json
 import math
-import shutil
 
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
+import files
 import llada
 
 CHUNK = 2**23  # elements of a tensor in memory at a time: 32 MB in fp32
@@ -41,35 +41,28 @@ def merge_weights(base, out, factors, part=0, parts=1):
 
     factors: see lora_factors. With several processes, each takes another part. Every merged weight is
     base + scale * B @ A in fp32, rounded once to bf16; a bf16 base's other tensors stay the same to the bit.
+    Returns what a manifest says of the files, {name: see files.write}.
     """
-    for shard in llada.weight_files(base)[part::parts]:
-        merge_shard(shard, out / shard.name, factors)
-
-
-def read_header(file):
-    """Reads the header of an open safetensors file: {tensor: {dtype, shape, data_offsets}}, in the data's order."""
-    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    header.pop("__metadata__", None)
-    return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
+    shards = llada.weight_files(base)[part::parts]
+    return {shard.name: merge_shard(shard, out / shard.name, factors) for shard in shards}
 
 
 def merge_shard(source, target, factors):
     """Writes one safetensors file anew: the same tensors in the same order, as bf16, with `factors` merged in."""
-    with open(source, "rb") as base, open(target, "xb") as out:
+    return files.write(target, merged_shard(source, factors))
+
+
+def merged_shard(source, factors):
+    """Yields the bytes of that file."""
+    with open(source, "rb") as base:
         old = read_header(base)  # leaves `base` at the first tensor's data
-        new, end = {"__metadata__": {"format": "pt"}}, 0
+        yield header({name: ("BF16", tensor["shape"]) for name, tensor in old.items()})
         for name, tensor in old.items():
-            offsets = [end, end := end + 2 * math.prod(tensor["shape"])]
-            new[name] = {"dtype": "BF16", "shape": tensor["shape"], "data_offsets": offsets}
-        text = json.dumps(new, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the format wants the data 8-byte aligned
-        out.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in old.items():
-            merge_tensor(base, out, DTYPES[tensor["dtype"]], tensor["shape"], factors.get(name))
+            yield from merged_tensor(base, DTYPES[tensor["dtype"]], tensor["shape"], factors.get(name))
 
 
-def merge_tensor(base, out, dtype, shape, factor):
-    """Reads the next tensor of `base`, some rows at a time, and appends it to `out`; factor: (A, B, scale) or None."""
+def merged_tensor(base, dtype, shape, factor):
+    """Reads the next tensor of `base`, some rows at a time, and yields it merged; factor: (A, B, scale) or None."""
     rows, width = shape[0], math.prod(shape[1:])
     step = max(1, CHUNK // width)
     for start in range(0, rows, step):
@@ -79,37 +72,53 @@ def merge_tensor(base, out, dtype, shape, factor):
         if factor:
             a, b, scale = factor
             chunk = torch.addmm(chunk.to(a.device).float(), b[start:stop].float(), a.float(), alpha=scale)
-        out.write(chunk.to("cpu", torch.bfloat16).view(torch.uint8).numpy())
+        yield chunk.to("cpu", torch.bfloat16).view(torch.uint8).numpy()
+
+
+def read_header(file):
+    """Reads the header of an open safetensors file: {tensor: {dtype, shape, data_offsets}}, in the data's order."""
+    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    return dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
+
+
+def header(tensors):
+    """The first bytes of a safetensors file of {tensor: (dtype, shape)}, whose data follow in that order."""
+    content, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape) in tensors.items():
+        offsets = [end, end := end + DTYPES[dtype].itemsize * math.prod(shape)]
+        content[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data 8-byte aligned
+    return len(text).to_bytes(8, "little") + text
 
 
 def copy_side_files(base, out):
-    """Copies what a checkpoint holds beside its weights: config, tokenizer, code, licence. Needs the shards in `out`.
+    """Copies what a checkpoint holds beside its weights: config, tokenizer, code, licence. Returns as merge_weights."""
+    names = [file.name for file in base.iterdir() if file.is_file() and file.suffix not in WEIGHTS]
+    return {name: files.write(out / name, [side_file(base, name)]) for name in names if name != files.MANIFEST}
 
-    They stay the same to the byte, except that a base in another dtype than bf16 gets its dtype and size corrected.
-    """
-    for file in base.iterdir():
-        if file.is_file() and file.suffix not in WEIGHTS:
-            shutil.copy(file, out / file.name)
-    rewrite(out / "config.json", lambda config: dict.fromkeys({"dtype", "torch_dtype"} & config.keys(), "bfloat16"))
-    if (out / INDEX).exists():
-        rewrite(out / INDEX, lambda index: {"metadata": index.get("metadata", {}) | {"total_size": data_size(out)}})
+
+def side_file(base, name):
+    """The bytes of a side file: as they are, except that a base in another dtype gets its dtype and size corrected."""
+    data, changes = (base / name).read_bytes(), {}
+    if name == "config.json":
+        changes = dict.fromkeys({"dtype", "torch_dtype"} & json.loads(data).keys(), "bfloat16")
+    elif name == INDEX:
+        changes = {"metadata": json.loads(data).get("metadata", {}) | {"total_size": data_size(base)}}
+    content = json.loads(data) if changes else {}
+    if content == content | changes:
+        return data
+    return (json.dumps(content | changes, indent=2) + "\n").encode()
 
 
 def data_size(folder):
-    """Bytes of all tensors of a bf16 checkpoint."""
+    """Bytes of all tensors of a checkpoint, in bf16."""
     size = 0
     for shard in llada.weight_files(folder):
         with open(shard, "rb") as file:
             size += sum(2 * math.prod(tensor["shape"]) for tensor in read_header(file).values())
     return size
-
-
-def rewrite(path, changes):
-    """Updates a JSON file with changes(content), and leaves the file alone if that changes nothing."""
-    content = json.loads(path.read_text())
-    updated = content | changes(content)
-    if updated != content:
-        path.write_text(json.dumps(updated, indent=2) + "\n")
 
 
 @torch.no_grad()

@@ -4,6 +4,9 @@ import os
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+
+from cli import InputError
 
 
 @dataclass
@@ -30,3 +33,27 @@ class Place:
             if local_world > 1 and "OMP_NUM_THREADS" not in env:  # else ranks would wait for each other's threads
                 torch.set_num_threads(max(1, os.cpu_count() // local_world))
         return cls(int(env.get("RANK", 0)), world, local_rank, local_world, device)
+
+    def on_all_ranks(self, function):
+        """Runs a function on every rank. Returns what each of them returned, by rank, once all are through.
+
+        An InputError of any rank is raised on all, so that none waits for one that has ended.
+        """
+        try:
+            mine = function(), None
+        except InputError as error:
+            mine = None, str(error)
+        everyone = [mine]
+        if self.world > 1:
+            everyone = [None] * self.world
+            dist.all_gather_object(everyone, mine)
+        for _, problem in everyone:
+            if problem:
+                raise InputError(problem)
+        return [result for result, _ in everyone]
+
+    def on_first_rank(self, function):
+        """Runs a function on the first rank once all are here; they wait for it. Returns on all what it returned."""
+        if self.world > 1:
+            dist.barrier()
+        return self.on_all_ranks(function if self.rank == 0 else lambda: None)[0]

@@ -7,11 +7,12 @@ Output: torch.save of a list of {"prompt_len": int, "full_ids": LongTensor}. ful
 """
 
 import argparse
-import os
+import io
 import re
 from itertools import chain, takewhile
 from pathlib import Path
 
+import files
 from cli import InputError, run
 
 INSTRUCTION = (
@@ -63,13 +64,10 @@ def save(rows, output):
 
     every_id = torch.from_numpy(np.concatenate([ids for _, ids in rows]))
     full_ids = every_id.split([len(ids) for _, ids in rows])  # views: one block in the file, read in half the time
-    unfinished = Path(f"{output}.unfinished")
-    try:
-        torch.save([{"prompt_len": start, "full_ids": ids} for (start, _), ids in zip(rows, full_ids)], unfinished)
-        os.replace(unfinished, output)
-    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError when the disk is full
-        unfinished.unlink(missing_ok=True)
-        raise InputError(f"--output {output} cannot be written: {error}") from error
+    content = io.BytesIO()
+    torch.save([{"prompt_len": start, "full_ids": ids} for (start, _), ids in zip(rows, full_ids)], content)
+    with files.writing(f"--output {output}"):
+        files.replace(output, content.getbuffer())
 
 
 def load_split(name, split, config=None):

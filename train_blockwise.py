@@ -44,6 +44,9 @@ EPOCHS = 1  # in each epoch a sample trains one block that it has not trained ye
 TOTAL_TRAIN_STEPS = 0  # optimizer steps over the global batch; 0 = as many as EPOCHS gives
 SAVE_EVERY = 0  # optimizer steps between checkpoints; 0 = once, at the end
 SAMPLE_EVERY = 0  # steps between sample generations from a few training prompts, 0 = never
+RESUME = False  # True: go on with the newest unfinished run of this CKPT_DIR
+RESUME_EVERY = 0  # optimizer steps between resume points; 0 = only at checkpoints
+MAX_BAD_STEPS = 3  # the run stops after so many steps in a row with a loss or gradient that is no number
 SEED = 42
 BF16 = True  # False = fp32, for CPUs
 GRADIENT_CHECKPOINTING = False  # True: far less activation memory, at the price of one more forward pass

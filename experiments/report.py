@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
 
 from cli import InputError, run  # noqa: E402
-from experiments.run import CLAIMS  # noqa: E402
+from experiments.run import CLAIMS, COLUMNS  # noqa: E402
 
 TITLES = {
     "C1": "block-wise against full-sequence at equal steps and FLOPs",
@@ -66,11 +66,14 @@ def read(path):
     """{claim: {setting: rows, one per seed}}, in the order of experiments/run.py. Raises InputError."""
     try:
         with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), reader.fieldnames
     except OSError as error:
         raise InputError(
             f"--results {path} cannot be read: {error.strerror}; write it with experiments/run.py."
         ) from error
+    if columns != COLUMNS:
+        raise InputError(f"--results {path} is not a CSV with the columns of experiments/run.py.")
     claims = {claim: {setting.name: [] for setting in settings} for claim, settings in CLAIMS.items()}
     for number, row in enumerate(rows, start=2):
         if None in row.values():

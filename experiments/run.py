@@ -10,7 +10,6 @@ committed CSV, name another --results.
 
 import argparse
 import csv
-import fcntl
 import hashlib
 import importlib
 import os
@@ -26,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
+import files  # noqa: E402
 from cli import InputError, run  # noqa: E402
 from experiments.make_data import DIGITS  # noqa: E402
 
@@ -120,7 +120,7 @@ def main():
         done = start_results(results)
     except OSError as error:
         raise InputError(f"--work {work} or --results {results} cannot be written: {error}") from error
-    lock = take(work)
+    lock = files.lock(work)  # trainings inherit it: also one that outlives this process keeps others away
     rows_file = prepare(work, rows, lock)
     todo = [(claim, setting, seed) for seed in range(args.seeds) for claim in args.claims for setting in CLAIMS[claim]]
     for claim, setting, seed in tqdm(todo, desc="runs", unit="run"):
@@ -129,18 +129,6 @@ def main():
             folder, training = train(setting, seed, rows_file, work, lock)
             score = evaluate(folder, setting.decoding or decoding(BLOCK), held_out)
             append(results, [claim, setting.name, seed, *training, *score, held_out])
-
-
-def take(work):
-    """A lock on the work folder, which trainings inherit: also one that outlives this process keeps others away."""
-    lock = open(work / "lock", "w")  # noqa: SIM115  (open as long as the process)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(
-            f"another run, or a training that it has left, works in {work}; name another --work."
-        ) from None
-    return lock
 
 
 def prepare(work, number, lock):
@@ -152,13 +140,14 @@ def prepare(work, number, lock):
     output = work / f"train_{number}.pt"
     if not output.exists():
         command(lock, "experiments/make_data.py", "--output", work / "data", "--rows", number, "--seed", 1)
-        files = ("--output", work / "whole.pt", "--model", BASE, "--dataset", work / "data", "--max_samples", 0)
-        command(lock, "pt.py", *files)
+        flags = ("--output", work / "whole.pt", "--model", BASE, "--dataset", work / "data", "--max_samples", 0)
+        command(lock, "pt.py", *flags)
         import torch
 
+        import pt
+
         rows = [row | {"full_ids": row["full_ids"][:-1]} for row in torch.load(work / "whole.pt")]
-        torch.save(rows, work / "rows.unfinished")
-        os.replace(work / "rows.unfinished", output)
+        pt.save(rows, output)
     return output
 
 
@@ -232,9 +221,7 @@ def evaluate(folder, settings, number):
 def start_results(path):
     """Makes the CSV, or drops its unfinished last line. Returns the runs in it, {(claim, setting, seed)}."""
     whole, end, _ = (path.read_text() if path.exists() else "").rpartition("\n")
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(whole + end or ",".join(COLUMNS) + "\n")
-    os.replace(unfinished, path)
+    files.replace(path, whole + end or ",".join(COLUMNS) + "\n")
     with open(path, newline="") as file:
         return {(row["claim"], row["setting"], row["seed"]) for row in csv.DictReader(file)}
 

@@ -7,7 +7,9 @@ import random
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,18 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the tests need no GPU, and com
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test.sh runs as many tests at a time as there are cores
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="all faults of tests/faults, not a sample of them")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many faults of each kind were tried, and survived."""
+    passed = terminalreporter.stats.get("passed", [])
+    faults = Counter(value for report in passed for name, value in report.user_properties if name == "fault")
+    for kind, number in sorted(faults.items()):
+        terminalreporter.write_line(f"{number:>5} {kind}")
 
 
 def problems(number, seed):
@@ -100,12 +114,56 @@ def run(script, *args, cwd=ROOT, env=None):
     return subprocess.run(command, cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True, timeout=300)
 
 
-def launch(ranks, script, *args, cwd):
-    """Runs a trainer in the folder `cwd` through the real deepspeed launcher on `ranks` CPU ranks."""
+def arguments(script, knobs):
+    """Knobs as flags of a trainer."""
+    return [f"--{name}={value}" for name, value in knobs.items() if "fullseq" not in script or name != "BLOCK_SIZE"]
+
+
+def launcher_command(ranks, script, *args):
+    """The command that runs a trainer through the real deepspeed launcher on CPU ranks, and its environment."""
     with socket.socket() as probe:  # a free port, so that other runs on the machine do not matter
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", ranks, "--master_port", port, ROOT / script]
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = [str(part) for part in (*command, *args)]
+    return [str(part) for part in (*command, *args)], env
+
+
+def launch(ranks, script, *args, cwd):
+    """Runs a trainer in the folder `cwd` by that command. Returns the finished process."""
+    command, env = launcher_command(ranks, script, *args)
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def forked(base, pt_file):
+    """forked(cwd, ranks=1, script=..., faults=..., **knobs) runs a training; see faults/server.py.
+
+    Returns the exit codes of its ranks, the seconds it took, and what it said.
+    """
+    command = [sys.executable, ROOT / "tests/faults/server.py"]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def train(cwd, ranks=1, script="train_blockwise.py", faults=None, **changes):
+        knobs = TRAINING | {"MODEL": base, "PT_FILE": pt_file} | changes
+        output = cwd.with_name(f"{cwd.name}.output")
+        output.unlink(missing_ok=True)
+        faults = {"folder": str(cwd / "out"), **faults} if faults else {}
+        request = {"script": script, "ranks": ranks, "cwd": str(cwd), "output": str(output), "faults": faults}
+        cwd.mkdir(exist_ok=True)
+        server.stdin.write(json.dumps(request | {"argv": arguments(script, knobs)}) + "\n")
+        server.stdin.flush()
+        answer = json.loads(server.stdout.readline())
+        return SimpleNamespace(**answer, output=output.read_text())
+
+    yield train
+    server.stdin.close()
+    server.wait(30)
+
+
+# 4 steps, a checkpoint after 3 and 4, a resume point after each; dropout, to see whether its random numbers come back
+TRAINING = {
+    "MASK_ID": 4, "MAX_LEN": 192, "LORA_R": 4, "LORA_ALPHA": 8, "LORA_DROPOUT": 0.1, "LR": 1e-2, "BF16": False,
+    "MICRO_BSIZE": 2, "GRAD_ACC": 2, "BLOCK_SIZE": 16, "CKPT_DIR": "out/run ö", "TOTAL_TRAIN_STEPS": 4,
+    "SAVE_EVERY": 3, "RESUME_EVERY": 1,
+}  # fmt: skip

@@ -132,8 +132,9 @@ def test_defaults_are_the_published_ones():
         "LORA_R": 256, "LORA_ALPHA": 512, "LORA_DROPOUT": 0.05,
         "TARGET_MODS": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "LR": 1e-5,
         "WEIGHT_DECAY": 0.0, "WARMUP_RATIO": 0.1, "MIN_LR_RATIO": 0.01, "MAX_GRAD_NORM": 1.0, "MICRO_BSIZE": 32,
-        "GRAD_ACC": 1, "EPOCHS": 1, "TOTAL_TRAIN_STEPS": 0, "SAVE_EVERY": 0, "SAMPLE_EVERY": 0, "SEED": 42,
-        "BF16": True, "GRADIENT_CHECKPOINTING": False, "COMPILE": False,
+        "GRAD_ACC": 1, "EPOCHS": 1, "TOTAL_TRAIN_STEPS": 0, "SAVE_EVERY": 0, "SAMPLE_EVERY": 0, "RESUME": False,
+        "RESUME_EVERY": 0, "MAX_BAD_STEPS": 3, "SEED": 42, "BF16": True, "GRADIENT_CHECKPOINTING": False,
+        "COMPILE": False,
     }  # fmt: skip
     assert train_fullseq.CKPT_DIR == "ckpts_fullseq_sft"
 

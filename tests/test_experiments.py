@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, launch, run
 
 import decode
+import files
 from experiments import make_data, report
 from experiments import run as runner
 
@@ -95,9 +96,9 @@ def test_bad_input_is_one_sentence(tmp_path):
 
 
 def test_a_work_folder_has_one_run_at_a_time(tmp_path):
-    lock = runner.take(tmp_path)
+    lock = files.lock(tmp_path)
     done = run("experiments/run.py", "C1", "--work", tmp_path, "--results", tmp_path / "results.csv")
-    assert done.returncode == 1 and "another run, or a training that it has left, works in" in done.stderr
+    assert done.returncode == 1 and "another run, or a process that it has left, works in" in done.stderr
     lock.close()
 
 

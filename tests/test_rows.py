@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import sft
 from cli import InputError
+from rows import make_rows, read_pt
 
 PAD, MASK, WORDS, MAX_LEN = 2, 4, 30, 8
 CONFIG = SimpleNamespace(pad_token_id=PAD, vocab_size=WORDS)
@@ -33,7 +33,7 @@ def path(tmp_path):
 
 def load(path, max_samples=0, eos_tail=False):
     knobs = {"PT_FILE": path, "MAX_LEN": MAX_LEN, "MAX_SAMPLES": max_samples, "MASK_ID": MASK, "EOS_TAIL": eos_tail}
-    return sft.make_rows(sft.read_pt(path), SimpleNamespace(**knobs), CONFIG)
+    return make_rows(read_pt(path), SimpleNamespace(**knobs), CONFIG)
 
 
 def load_saved(path, rows, max_samples=0):

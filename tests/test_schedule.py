@@ -12,6 +12,8 @@ import torch
 
 import masking
 import sft
+from place import Place
+from rows import Rows, derive_seed, schedule
 
 
 def seeded(seed):
@@ -25,7 +27,7 @@ def some_turns(rows, most=6, seed=0):
 
 def epochs_of(turns, epochs, seed=0):
     """The schedule, cut where each epoch must end: as many pairs as there are rows with a turn left."""
-    plan = sft.schedule(turns, epochs, seed)
+    plan = schedule(turns, epochs, seed)
     sizes = [int((turns > epoch).sum()) for epoch in range(epochs)]
     assert plan.shape == (sum(sizes), 2)
     return [part.tolist() for part in plan.split(sizes)]
@@ -50,7 +52,7 @@ def test_pairs(rows, most, epochs):
 def test_every_pair_is_used_and_training_stops():
     turns = some_turns(40)
     everything = {(row, turn) for row, n in enumerate(turns.tolist()) for turn in range(n)}
-    plan = sft.schedule(turns, 1000, 0)
+    plan = schedule(turns, 1000, 0)
     assert len(plan) == len(everything)
     assert {tuple(pair) for pair in plan.tolist()} == everything
 
@@ -59,7 +61,7 @@ def test_blocks_of_the_data_are_turns():
     """With the trainer's turns, each answer token of the data is active exactly once over enough epochs."""
     prompt_len, length = torch.tensor([3, 0, 5]), torch.tensor([4, 12, 13])
     turns = masking.num_blocks(length - prompt_len, 4)
-    row, block = sft.schedule(turns, 10, 0).T
+    row, block = schedule(turns, 10, 0).T
     _, active, _ = masking.regions(prompt_len[row], length[row], block, 16, 4)
     for i in range(3):
         expected = [int(prompt_len[i] <= pos < length[i]) for pos in range(16)]
@@ -87,14 +89,14 @@ def test_turns_are_drawn_uniformly_from_the_unused_ones():
 def test_turns_are_uniform_among_rows_of_unequal_length():
     turns = torch.tensor([1, 2, 3, 7] * 4000)
     for n in (2, 3, 7):
-        first = Counter(turn for row, turn in sft.schedule(turns, 1, 3).tolist() if turns[row] == n)
+        first = Counter(turn for row, turn in schedule(turns, 1, 3).tolist() if turns[row] == n)
         assert uniform(first, n, 4000)
 
 
 def test_uniform_over_seeds():
     """Row order and turns of three rows, over 3000 seeds."""
     turns, seeds = torch.tensor([4, 4, 4]), 3000
-    firsts = [sft.schedule(turns, 1, seed).tolist() for seed in range(seeds)]
+    firsts = [schedule(turns, 1, seed).tolist() for seed in range(seeds)]
     assert uniform(Counter(tuple(row for row, _ in plan) for plan in firsts), 6, seeds)
     for place in range(3):  # the turn depends neither on the row nor on its place in the epoch
         assert uniform(Counter(tuple(plan[place]) for plan in firsts), 12, seeds)
@@ -112,14 +114,14 @@ def test_epochs_have_their_own_order():
 def test_schedule_comes_from_the_seed_alone():
     turns = some_turns(100)
     torch.manual_seed(0)
-    plan = sft.schedule(turns, 3, 42)
+    plan = schedule(turns, 3, 42)
     state = torch.get_rng_state()
     torch.manual_seed(1)
-    assert plan.equal(sft.schedule(turns, 3, 42))
+    assert plan.equal(schedule(turns, 3, 42))
     torch.manual_seed(0)
     assert torch.get_rng_state().equal(state)  # the global generator was not used
     for seed in (0, 41, 43, 2**63 - 1):
-        other = sft.schedule(turns, 3, seed)
+        other = schedule(turns, 3, seed)
         assert not plan[:, 0].equal(other[:, 0])
         assert not plan[:, 1].equal(other[:, 1])
 
@@ -127,22 +129,22 @@ def test_schedule_comes_from_the_seed_alone():
 def test_both_trainers_see_the_rows_in_the_same_order():
     """In an epoch in which every row has a turn left, their number does not matter: the comparison is of the method."""
     blocks = some_turns(200) + 1
-    blockwise, full = sft.schedule(blocks, 2, 42), sft.schedule(torch.full((200,), 2), 2, 42)
+    blockwise, full = schedule(blocks, 2, 42), schedule(torch.full((200,), 2), 2, 42)
     assert blockwise[:, 0].equal(full[:, 0])
     assert not blockwise[:, 1].equal(full[:, 1])
 
 
 def test_more_epochs_only_add_pairs():
     turns = some_turns(100)
-    short, long = sft.schedule(turns, 1, 42), sft.schedule(turns, 3, 42)
+    short, long = schedule(turns, 1, 42), schedule(turns, 3, 42)
     assert short.equal(long[: len(short)])
 
 
 def test_derived_seeds():
     """The same in every process, or runs could not be repeated; each purpose, step and rank has its own."""
-    assert sft.derive_seed(42, "masks", 1) == 4854635756216886700
+    assert derive_seed(42, "masks", 1) == 4854635756216886700
     names = [*itertools.product(("masks", "dropout"), range(100)), *itertools.product(("dropout",), (1, 2), range(9))]
-    seeds = {sft.derive_seed(seed, *name) for seed in (0, 1, 42) for name in names}
+    seeds = {derive_seed(seed, *name) for seed in (0, 1, 42) for name in names}
     assert len(seeds) == 3 * len(names)
     assert all(0 <= seed < 2**63 for seed in seeds)
 
@@ -176,6 +178,9 @@ class PlainEngine:
     def step(self):
         self.steps += 1
 
+    def was_step_applied(self):
+        return True
+
     def gradients(self):
         return torch.cat([p.grad.flatten() for p in (*self.embed.parameters(), *self.head.parameters())])
 
@@ -203,8 +208,8 @@ def step_of_all_ranks(world, acc, step):
     prompt_len = torch.randint(2, 6, (rows,), generator=seeded(2))
     ids[:, 0], ids[:, 1] = torch.arange(rows) // 8 + 5, torch.arange(rows) % 8 + 5  # the prompt tells the row's number
     length = torch.randint(7, LENGTH + 1, (rows,), generator=seeded(3))
-    data = sft.Rows(ids, prompt_len, length, unanswered=0)
-    plan = sft.schedule(masking.num_blocks(length - prompt_len, 3), 2, 42)
+    data = Rows(ids, prompt_len, length, torch.arange(rows), unanswered=0)
+    plan = schedule(masking.num_blocks(length - prompt_len, 3), 2, 42)
 
     def hide(*args, generator):
         rates = {"mask_prob_eps": 1e-3, "prefix_mask_rate": 0.1, "suffix_mask_prob": 0.9}
@@ -213,13 +218,13 @@ def step_of_all_ranks(world, acc, step):
 
     engines, loss, gradient = [], 0.0, 0.0
     for rank in range(world):
-        place = sft.Place(rank, world, rank, world, torch.device("cpu"))
+        place = Place(rank, world, rank, world, torch.device("cpu"))
         engine = PlainEngine(acc)
-        part, _, scored = sft.train_step(engine, knobs, place, data, plan, hide, step)
+        part = sft.train_step(engine, knobs, place, data, plan, hide, step)
         engines.append(engine)
-        loss, gradient = loss + part, gradient + engine.gradients() / world
+        loss, gradient = loss + part.loss, gradient + engine.gradients() / world
     expected_rows = plan[(step - 1) * BATCH : step * BATCH, 0].tolist()
-    return engines, loss, gradient, scored, expected_rows
+    return engines, loss, gradient, part.supervised, expected_rows
 
 
 @pytest.mark.parametrize("step", [1, 3])

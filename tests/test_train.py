@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import launch, run
+from conftest import arguments, launch, run
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -20,7 +20,9 @@ import masking
 import sft
 import train_blockwise
 from cli import InputError
+from log import make_log_folder
 from place import Place
+from rows import Rows, derive_seed, make_rows, schedule
 from settings import Settings
 
 KNOBS = {
@@ -29,9 +31,8 @@ KNOBS = {
 }  # fmt: skip
 
 
-def arguments(script, base, pt_file, **changes):
-    knobs = KNOBS | {"MODEL": base, "PT_FILE": pt_file} | changes
-    return [f"--{name}={value}" for name, value in knobs.items() if "fullseq" not in script or name != "BLOCK_SIZE"]
+def flags(script, base, pt_file, **changes):
+    return arguments(script, KNOBS | {"MODEL": base, "PT_FILE": pt_file} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def trained(tmp_path_factory, base, pt_file):
         key = (script, ranks, again, *sorted(changes.items()))
         if key not in runs:
             folder = tmp_path_factory.mktemp("run") if not again else train(script, ranks, again - 1, **changes)[0]
-            done = launch(ranks, script, *arguments(script, base, pt_file, **changes), cwd=folder)
+            done = launch(ranks, script, *flags(script, base, pt_file, **changes), cwd=folder)
             assert done.returncode == 0, done.stdout + done.stderr
             runs[key] = folder, done.stdout + done.stderr
         return runs[key]
@@ -74,7 +75,7 @@ def literal_training(base, pt_file, steps, size):
     data = read(pt_file)
     lengths = torch.tensor([(row["prompt_len"], len(row["full_ids"])) for row in data])
     blocks = torch.tensor([math.ceil((end - start) / knobs.BLOCK_SIZE) for start, end in lengths.tolist()])
-    order = sft.schedule(blocks, 1, knobs.SEED)
+    order = schedule(blocks, 1, knobs.SEED)
     model = llada.load_model(base, torch.float32)
     set_seed(knobs.SEED)
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=knobs.TARGET_MODS))
@@ -83,7 +84,7 @@ def literal_training(base, pt_file, steps, size):
     log = []
     for step in range(1, steps + 1):
         row, block = order[(step - 1) * size : step * size].T
-        generator = torch.Generator().manual_seed(sft.derive_seed(knobs.SEED, "masks", step))
+        generator = torch.Generator().manual_seed(derive_seed(knobs.SEED, "masks", step))
         hidden, scored, _ = masking.blockwise_masks(
             *lengths[row].T, block, knobs.MAX_LEN, block_size=knobs.BLOCK_SIZE, mask_prob_eps=1e-3,
             prefix_mask_rate=0.0, suffix_mask_prob=1.0, generator=generator,
@@ -201,18 +202,17 @@ def test_gradient_checkpointing_runs_each_layer_again(base, checkpointing, passe
     assert len(calls) == passes * len(layers)
 
 
-def test_samples_are_decoded_with_the_adapters(base, pt_file, tokenizer, tmp_path):
+def test_samples_are_decoded_with_the_adapters(base, pt_file, tokenizer):
     model = get_peft_model(llada.load_model(base, torch.float32), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.3)
     knobs = SimpleNamespace(**KNOBS, PT_FILE=pt_file, MAX_SAMPLES=0, SAMPLE_EVERY=1)
     config = model.config
-    rows = sft.make_rows(read(pt_file), knobs, config)
+    rows = make_rows(read(pt_file), knobs, config)
     samples = sft.Samples(base, config, rows, knobs)
-    samples.write(model, tmp_path, step=7)
+    written = [json.loads(line) for line in samples.lines(model, step=7).splitlines()]
     assert model.training
-    written = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     merged, gen_length = model.merge_and_unload().eval(), samples.settings.gen_length
     answers = [len(row["full_ids"]) - row["prompt_len"] for row in read(pt_file)[:4]]
     assert gen_length % 16 == 0 and 0 <= gen_length - max(answers) < 16
@@ -231,7 +231,7 @@ def test_ranks_draw_different_masks_and_dropout(trained, pt_file, tmp_path):
     knobs = {"MICRO_BSIZE": 1, "GRAD_ACC": 1, "PT_FILE": tmp_path / "copies.pt"}
     folder, _ = trained("train_fullseq.py", ranks=2, **knobs)
     assert {int(row["supervised_tokens"]) % 2 for row in read_csv(folder / "out/run_logs/metrics.csv")} == {0, 1}
-    seeds = [sft.derive_seed(42, "dropout", step, rank) for step in range(50) for rank in range(8)]
+    seeds = [derive_seed(42, "dropout", step, rank) for step in range(50) for rank in range(8)]
     assert len(set(seeds)) == len(seeds)
 
 
@@ -266,7 +266,7 @@ def test_epochs_draw_other_blocks_until_all_are_used(trained, pt_file):
 )
 def test_bad_input_ends_the_job_with_one_sentence_and_leaves_nothing(tmp_path, base, pt_file, changes, said):
     script = "train_blockwise.py"
-    done = launch(2, script, *arguments(script, base, pt_file, **changes), cwd=tmp_path)
+    done = launch(2, script, *flags(script, base, pt_file, **changes), cwd=tmp_path)
     assert done.returncode != 0 and not list(tmp_path.iterdir())
     output = done.stdout + done.stderr
     assert output.count(said) == 1 and "Traceback" not in output
@@ -310,13 +310,13 @@ def test_target_modules_must_be_linears_of_the_layers():
 def test_all_folders_of_a_run_have_the_same_suffix(tmp_path):
     """Also when the run before left only logs, or only checkpoints: no two runs share a suffix."""
     start = str(tmp_path / "out (1)" / "run")
-    assert sft.make_log_folder(start) == (tmp_path / "out (1)/run_logs", "")
+    assert make_log_folder(start) == (tmp_path / "out (1)/run_logs", "")
     (tmp_path / "out (1)/run_step0003-v2").mkdir()
     (tmp_path / "out (1)/other_step0003-v3").mkdir()
-    assert sft.make_log_folder(start) == (tmp_path / "out (1)/run_logs-v3", "-v3")
+    assert make_log_folder(start) == (tmp_path / "out (1)/run_logs-v3", "-v3")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
-        sft.make_log_folder(str(tmp_path / "file" / "run"))
+        make_log_folder(str(tmp_path / "file" / "run"))
 
 
 @pytest.mark.parametrize(
@@ -336,16 +336,10 @@ def test_the_config_must_allow_training(base, tmp_path, config, said, monkeypatc
 
 
 def test_more_steps_than_the_rows_give_are_refused(base):
-    place = sft.Place(0, 2, 0, 2, torch.device("cpu"))
-    rows = sft.Rows(torch.zeros(53, 192), torch.zeros(53), torch.ones(53), unanswered=0)
+    place = Place(0, 2, 0, 2, torch.device("cpu"))
+    rows = Rows(torch.zeros(53, 192), torch.zeros(53), torch.ones(53), torch.arange(53), unanswered=0)
     plan = torch.zeros(53, 2)
     assert sft.plan_steps(knobs_for(base), place, rows, plan) == 6
     assert sft.plan_steps(knobs_for(base, TOTAL_TRAIN_STEPS=2), place, rows, plan) == 2
     with pytest.raises(InputError, match="TOTAL_TRAIN_STEPS=7 is more than the 6 steps"):
         sft.plan_steps(knobs_for(base, TOTAL_TRAIN_STEPS=7), place, rows, plan)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_stops_the_run(value):
-    with pytest.raises(InputError, match=f"loss of step 7 is {value}"):
-        sft.stop_if_not_finite(value, "loss", 7)

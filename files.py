@@ -1,0 +1,158 @@
+"""Files that are there whole or not at all: written under another name, flushed to the disk, read back, renamed.
+
+Functions raise OSError, as from a full disk; `writing` turns it into one sentence. Imports nothing heavy.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from cli import InputError
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def writing(what):
+    """Raises InputError in place of an OSError, as from a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{what} cannot be written: {error.strerror}. What is there is kept.") from error
+
+
+def sync(path):
+    """Flushes a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(path, chunks):
+    """Writes a new file from chunks of bytes. Once it is on the disk, returns what a manifest says of it."""
+    digest = hashlib.sha256()
+    with open(path, "xb") as file, ThreadPoolExecutor(1) as beside:  # which hashes while the next chunk is made
+        hashed = None
+        for chunk in chunks:
+            file.write(chunk)
+            if hashed:
+                hashed.result()
+            hashed = beside.submit(digest.update, chunk)
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    if sha256(path) != digest.hexdigest():
+        raise OSError(errno.EIO, "the disk gives back other bytes than were written")
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def replace(path, content):
+    """Writes a file, text or bytes, that is whole or as it was before. Runs beside this one use other names."""
+    path = Path(path)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    try:
+        write(unfinished, [content.encode() if isinstance(content, str) else content])
+        os.replace(unfinished, path)
+        sync(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def append(path, text):
+    """Adds text to a file, all of it or none."""
+    with open(path, "a+b", buffering=0) as file:
+        size, data = file.seek(0, os.SEEK_END), text.encode()
+        try:
+            if file.write(data) < len(data):  # what a disk does that has room for a part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def lock(folder, kind=fcntl.LOCK_EX):
+    """Locks a folder until the returned file is closed or the process has ended. Raises InputError if it is locked.
+
+    Processes that inherit the file hold the lock, too.
+    """
+    with writing(folder):
+        file = open(folder / "lock", "a")  # noqa: SIM115  (open as long as the process)
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run, or a process that it has left, works in {folder}.") from None
+    return file
+
+
+# ---------------------------------------------------------------- folders with a manifest
+
+
+def publish(place, unfinished, folder, write_files, content):
+    """Makes a folder of which all ranks write files; it has its name only once all of it is on the disk.
+
+    write_files: the folder to write to -> {file name: what `write` returned}, of this rank's files. content: more for
+    the manifest. Raises InputError on all ranks, with nothing left behind, if any rank cannot write.
+    """
+
+    def make():
+        with writing(folder):
+            unfinished.mkdir()
+
+    def write_mine():
+        with writing(folder):
+            return write_files(unfinished)
+
+    def finish():
+        with writing(folder):
+            write_manifest(unfinished, content | {"files": {k: v for part in parts for k, v in part.items()}})
+            sync(unfinished)
+            unfinished.rename(folder)  # fails if another run has made that folder meanwhile
+            sync(folder.parent)
+
+    try:
+        place.on_first_rank(make)
+        parts = place.on_all_ranks(write_mine)
+        place.on_first_rank(finish)
+    except InputError:
+        if place.rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def digest(content):
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder, content):
+    text = json.dumps(content | {"sha256": digest(content)}, indent=2) + "\n"
+    write(folder / MANIFEST, [text.encode()])
+
+
+def read_manifest(folder):
+    """The content of a folder's manifest. Raises ValueError if it is not what was written, OSError if it is missing."""
+    content = json.loads((folder / MANIFEST).read_text())
+    if not isinstance(content, dict) or content.pop("sha256", None) != digest(content):
+        raise ValueError("its manifest is not what was written")
+    return content
+
+
+def check(folder, name, manifest):
+    """Compares a file with its line of the manifest. Raises ValueError or OSError."""
+    wanted, path = manifest["files"][name], folder / name
+    if path.stat().st_size != wanted["bytes"]:
+        raise ValueError(f"{name} has {path.stat().st_size:,} bytes, its manifest says {wanted['bytes']:,}")
+    if sha256(path) != wanted["sha256"]:
+        raise ValueError(f"{name} is not what was written: its sha256 differs")

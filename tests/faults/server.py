@@ -1,0 +1,157 @@
+"""Starts trainings in a second instead of ten: imports everything once, then forks the ranks of each run.
+
+Reads requests, a JSON line each: {"script", "argv", "ranks", "cwd", "output", "faults"}, and answers with the exit
+codes of the ranks and the seconds that the run took. Nothing here runs a tensor operation before the fork. The events
+of a run, at which it can be killed, are all that it does to files below its CKPT_DIR, and its optimizer steps.
+"""
+
+import errno
+import json
+import os
+import re
+import resource
+import runpy
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+import cli  # noqa: E402
+import files  # noqa: E402
+import sft  # noqa: E402
+
+TIMEOUT = 100  # seconds in which all ranks must have ended by themselves
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def main():
+    for line in sys.stdin:
+        request = json.loads(line)
+        began, port = time.monotonic(), free_port()
+        ranks = [start(request, rank, port) for rank in range(request["ranks"])]
+        codes = wait(ranks, began, request["faults"].get("together", False))
+        print(json.dumps({"codes": codes, "seconds": time.monotonic() - began}), flush=True)
+
+
+def wait(ranks, began, together):
+    """The exit codes of the ranks; None for one that did not end. together: one that is killed takes all along."""
+    codes = [None] * len(ranks)
+    while None in codes and time.monotonic() < began + TIMEOUT:
+        for rank, pid in enumerate(ranks):
+            if codes[rank] is None and (done := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[rank] = os.waitstatus_to_exitcode(done[1])
+        if together and -signal.SIGKILL in codes:
+            break
+        time.sleep(0.02)
+    for rank, pid in enumerate(ranks):
+        if codes[rank] is None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    return codes
+
+
+def start(request, rank, port):
+    """Forks one rank, in a process group with rank 0. Returns its process id."""
+    if pid := os.fork():
+        return pid
+    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(request["cwd"])
+    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["ranks"], "LOCAL_SIZE": request["ranks"]}
+    os.environ |= {k: str(v) for k, v in (env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items()}
+    sys.argv = [request["script"], f"--local_rank={rank}", *request["argv"]]
+    code = 1
+    try:
+        Faults(request["faults"], rank)
+        cli.time = SimpleNamespace(sleep=lambda seconds: None)  # no launcher will end a rank that waits for that
+        runpy.run_path(str(ROOT / request["script"]), run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class Faults:
+    """Counts the events of a rank, and lets it be killed, or fail to write, at one of them.
+
+    faults: "folder": events are changes of files below it, flushes, and optimizer steps; "rank": whose events, the
+    others have no faults; "trace": file that gets a line `number kind path` for each; "kill": number of the event
+    before which the rank is killed; "full": pattern of the line of the event from which on nothing can be written;
+    "bytes": no file can become larger; "at_step": [step, signal that the rank gets when it begins];
+    "elsewhere": folder that the rank works in, as on a machine that does not share the run's.
+    """
+
+    def __init__(self, faults, rank):
+        if not faults or rank != faults.get("rank", 0):
+            return
+        self.faults, self.count, self.steps, self.full = faults, 0, 0, False
+        self.fsync, self.write, self.step = os.fsync, files.write, sft.train_step
+        self.trace = open(faults["trace"], "a") if "trace" in faults else None  # noqa: SIM115
+        sys.addaudithook(self.audit)
+        os.fsync, files.write, sft.train_step = self.counted_fsync, self.counted_write, self.counted_step
+        if "elsewhere" in faults:
+            os.chdir(faults["elsewhere"])
+        if "bytes" in faults:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (faults["bytes"], resource.RLIM_INFINITY))
+
+    def event(self, kind, path=""):
+        self.count += 1
+        if self.trace:
+            os.write(self.trace.fileno(), f"{self.count} {kind} {path}\n".encode())
+        if self.count == self.faults.get("kill"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.full = self.full or ("full" in self.faults and re.search(self.faults["full"], f"{kind} {path}"))
+        if self.full and kind in ("open", "os.mkdir", "fsync", "chunk"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def audit(self, kind, args):
+        writes = kind == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if (writes or kind in CHANGES) and isinstance(args[0], (str, bytes, os.PathLike)):
+            path = os.path.abspath(os.fsdecode(args[0]))
+            if path.startswith(self.faults["folder"]):
+                self.event(kind, path)
+
+    def counted_fsync(self, descriptor):
+        self.event("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+        self.fsync(descriptor)
+
+    def counted_write(self, path, chunks):
+        def counted():
+            for i, chunk in enumerate(chunks):
+                if i < 2:  # nothing of the file is written, or a part of it
+                    self.event("chunk", os.path.abspath(path))
+                yield chunk
+
+        return self.write(path, counted())
+
+    def counted_step(self, *args, **more):
+        self.event("step")
+        self.steps += 1
+        if self.steps == self.faults.get("at_step", [0])[0]:
+            os.kill(os.getpid(), self.faults["at_step"][1])
+        result = self.step(*args, **more)
+        self.event("stepped")
+        return result
+
+
+if __name__ == "__main__":
+    main()

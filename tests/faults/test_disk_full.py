@@ -1,0 +1,82 @@
+"""A disk that is full from some place on: one sentence, the last good state stays, nothing half-written is left.
+
+Simulated in two ways: every write below CKPT_DIR fails from an event on (see server.py), or no file can become larger
+than so many bytes (RLIMIT_FSIZE), which fails in the middle of a file.
+"""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from outcome import check_finished, check_left
+
+PLACES = {  # the fault, and what the sentence names
+    "folder": ({"full": r"os.mkdir .*_logs$"}, "CKPT_DIR=out/run ö: its folder cannot be written"),
+    "constants": ({"full": "open .*ablation_config"}, "out/run ö_logs cannot be written"),
+    "first line of the losses": ({"full": "open .*/train_loss.csv"}, "train_loss.csv cannot be written"),
+    "folder of a resume point": ({"full": "os.mkdir .*resume_step0002"}, "resume_step0002 cannot be written"),
+    "tensors of a resume point": ({"full": "chunk .*resume_step0002.*/rank0"}, "resume_step0002 cannot be written"),
+    "those of rank 1": ({"full": "chunk .*resume_step0002.*/rank1", "rank": 1}, "resume_step0002 cannot be written"),
+    "flush of a resume point": ({"full": "fsync .*resume_step0002.*/rank0"}, "resume_step0002 cannot be written"),
+    "log in a resume point": ({"full": "chunk .*resume_step0003.*/metrics.csv"}, "resume_step0003 cannot be written"),
+    "manifest of a resume point": ({"full": "chunk .*resume_step0003.*manifest"}, "resume_step0003 cannot be written"),
+    "shard of a checkpoint": ({"full": "chunk .*/step0003.*model-00003"}, "run ö_step0003 cannot be written"),
+    "shard of rank 1": ({"full": "chunk .*/step0003.*model", "rank": 1}, "run ö_step0003 cannot be written"),
+    "tokenizer of a checkpoint": ({"full": "chunk .*/step0004.*tokenizer"}, "run ö_step0004 cannot be written"),
+    "manifest of a checkpoint": ({"full": "chunk .*/step0004.*manifest"}, "run ö_step0004 cannot be written"),
+    "files of 20 kB": ({"bytes": 20_000}, "resume_step0001 cannot be written"),
+    "files of 75 kB": ({"bytes": 75_000}, "run ö_step0003 cannot be written"),
+}
+SAMPLE = ("tensors of a resume point", "shard of rank 1", "manifest of a checkpoint", "files of 20 kB", "constants")
+
+
+def pytest_generate_tests(metafunc):
+    if "place" in metafunc.fixturenames:
+        metafunc.parametrize("place", PLACES if metafunc.config.getoption("full") else SAMPLE)
+
+
+@pytest.fixture(scope="module")
+def reference(forked, tmp_path_factory):
+    """ranks -> what a run without faults leaves behind."""
+    folders = {}
+
+    def run(ranks):
+        if ranks not in folders:
+            folders[ranks] = tmp_path_factory.mktemp("reference")
+            done = forked(folders[ranks], ranks)
+            assert not any(done.codes), done.output
+        return folders[ranks] / "out"
+
+    return run
+
+
+def test_a_full_disk(forked, reference, tmp_path, record_property, place):
+    record_property("fault", "disk full")
+    faults, named = PLACES[place]
+    ranks = 2 if "rank" in faults else 1
+    full = forked(tmp_path / "run", ranks, faults=faults)
+    assert full.codes == [1] * ranks, full.output
+    assert (
+        full.output.count(named) == ranks and "Traceback" not in full.output
+    )  # a launcher ends those that say it late
+    check_left(tmp_path / "run/out", reference(ranks))
+    assert not list((tmp_path / "run").rglob("*unfinished*"))
+    room = forked(tmp_path / "run", ranks, RESUME=True)
+    assert not any(room.codes), room.output
+    check_finished(tmp_path / "run/out", reference(ranks))
+
+
+@pytest.mark.parametrize("there", [b"", b"the rows of before"])
+def test_rows_that_do_not_fit(base, dataset_folder, tmp_path, record_property, there):
+    """pt.py: the file of before stays as it was."""
+    record_property("fault", "disk full")
+    output = tmp_path / "rows.pt"
+    output.write_bytes(there)
+    code = f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv[0] = 'pt.py'; import datasets\n"
+    code += "import resource, pt, cli; save = pt.save\n"
+    code += "pt.save = lambda *a: (resource.setrlimit(resource.RLIMIT_FSIZE, (5000, -1)), save(*a))\ncli.run(pt.main)"
+    flags = ("--model", base, "--dataset", dataset_folder, "--output", output)
+    done = subprocess.run([sys.executable, "-c", code, *map(str, flags)], capture_output=True, text=True)
+    assert done.returncode == 1 and f"--output {output} cannot be written: File too large" in done.stderr, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.pt"] and output.read_bytes() == there

@@ -1,0 +1,63 @@
+"""A run that is killed with SIGKILL anywhere and resumed ends as if nothing had happened, to the byte.
+
+Anywhere: before every change of a file below CKPT_DIR, before every flush, within files, before and after every step;
+see Faults in server.py. `--full` tries far more of these events.
+"""
+
+import signal
+
+import pytest
+from outcome import check_finished, check_left
+
+SETUPS = {"1 rank": {"ranks": 1}, "2 ranks": {"ranks": 2, "BF16": True, "MICRO_BSIZE": 1}}
+
+
+def pytest_generate_tests(metafunc):
+    """The points of a run at which it is killed, as shares of its events."""
+    if "point" in metafunc.fixturenames:
+        one, two = (48, 12) if metafunc.config.getoption("full") else (8, 2)
+        points = [("1 rank", (i + 0.5) / one, True) for i in range(one)]
+        points += [("2 ranks", (i + 0.5) / two, i % 2) for i in range(two)]  # both ranks, or one of them
+        metafunc.parametrize("setup, point, together", points)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(forked, tmp_path_factory):
+    """uninterrupted(setup) -> what a run without faults leaves behind, and the lines of its events."""
+    runs = {}
+
+    def run(setup):
+        if setup not in runs:
+            folder = tmp_path_factory.mktemp("uninterrupted")
+            done = forked(folder, **SETUPS[setup], faults={"trace": str(folder / "trace")})
+            assert not any(done.codes), done.output
+            runs[setup] = folder / "out", (folder / "trace").read_text().splitlines()
+        return runs[setup]
+
+    return run
+
+
+def phase(event):
+    """What the run is doing at an event, a line `number kind path`."""
+    _, kind, path = event.split(" ", 2)
+    if "resume_step" in path or "/step0" in path:
+        what = "resume point" if "resume_step" in path else "checkpoint"
+        return f"{what}, rename" if kind == "os.rename" else what
+    return "step" if kind in ("step", "stepped") else "logs"
+
+
+def test_killed_and_resumed(forked, uninterrupted, tmp_path, record_property, setup, point, together):
+    reference, events = uninterrupted(setup)
+    event = events[int(point * len(events))]
+    record_property("fault", f"kill points: {setup}, {phase(event)}")
+    run = tmp_path / "run"
+    faults = {"kill": int(event.split()[0]), "together": bool(together)}
+    if setup == "2 ranks" and int(point * 100) % 4 == 0:
+        faults |= {"rank": 1, "kill": faults["kill"] // 3}  # the other rank has fewer events
+    killed = forked(run, **SETUPS[setup], faults=faults)
+    assert -signal.SIGKILL in killed.codes, killed.output
+    assert killed.seconds < 60 and (together or None not in killed.codes), "the other rank must end by itself"
+    check_left(run / "out", reference)
+    resumed = forked(run, **SETUPS[setup], RESUME=True)
+    assert not any(resumed.codes), resumed.output
+    check_finished(run / "out", reference)

@@ -1,0 +1,220 @@
+"""--RESUME=True where it cannot go on: one sentence that names the difference, and nothing is touched."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TRAINING, arguments
+from outcome import check_finished, results
+from safetensors.torch import load_file, save_file
+
+import files
+import log
+from cli import InputError
+
+
+@pytest.fixture(scope="module")
+def stopped(forked, tmp_path_factory):
+    """A run that was stopped after its second step."""
+    folder = tmp_path_factory.mktemp("stopped")
+    done = forked(folder, faults={"at_step": [2, signal.SIGTERM]})
+    assert done.codes == [75], done.output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(forked, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    assert forked(folder).codes == [0]
+    return folder
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def other_rows(folder, base, pt_file):
+    rows = torch.load(pt_file, weights_only=True)
+    rows[-1]["full_ids"][-1] = rows[-1]["full_ids"][-2]
+    torch.save(rows, folder / "other.pt")
+    shutil.copy(folder / "other.pt", pt_file)
+
+
+def other_base(folder, base, pt_file):
+    file = sorted(base.glob("*.safetensors"))[-1]
+    tensors = load_file(file)
+    name = sorted(tensors)[-1]
+    tensors[name].view(-1)[0] += 1
+    save_file(tensors, file, {"format": "pt"})
+
+
+def other_config(folder, base, pt_file):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 2e-5}))
+
+
+DIFFERENT = {  # what is given, or done to copies of base and data, and what the sentence says
+    "LR": ({"LR": 2e-2}, "LR was 0.01, now it is 0.02"),
+    "SEED": ({"SEED": 1}, "SEED was 42, now it is 1"),
+    "GRAD_ACC": ({"GRAD_ACC": 1}, "GRAD_ACC was 2, now it is 1"),
+    "BF16": ({"BF16": True}, "BF16 was False, now it is True"),
+    "steps": ({"TOTAL_TRAIN_STEPS": 5}, "total_steps was 4, now it is 5"),
+    "SAVE_EVERY": ({"SAVE_EVERY": 2}, "SAVE_EVERY was 3, now it is 2"),
+    "layers": ({"TARGET_MODS": '["q_proj"]'}, "TARGET_MODS was ['q_proj', 'k_proj'"),
+    "ranks": ({"ranks": 2}, "ranks was 1, now it is 2"),
+    "script": ({"script": "train_fullseq.py"}, "script was 'train_blockwise.py', now it is 'train_fullseq.py'"),
+    "rows": (other_rows, "the content of"),
+    "model": (other_base, "the content of"),
+    "config": (other_config, "the content of"),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_another_run_is_not_continued(forked, stopped, base, pt_file, tmp_path, record_property, what):
+    record_property("fault", "resumes refused")
+    change, said = DIFFERENT[what]
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    if callable(change):  # what the run was started with has other content now
+        shutil.copytree(base, tmp_path / "base")
+        shutil.copy(pt_file, tmp_path / "rows.pt")
+        path = folder / "out/run ö_logs/ablation_config.json"
+        names = {"MODEL": str(tmp_path / "base"), "PT_FILE": str(tmp_path / "rows.pt")}
+        path.write_text(json.dumps(json.loads(path.read_text()) | names))
+        change(tmp_path, tmp_path / "base", tmp_path / "rows.pt")
+        change = names
+    before = snapshot(folder / "out")
+    done = forked(folder, RESUME=True, **change)
+    assert set(done.codes) == {1} and f"out/run ö_logs is another run: {said}" in done.output, done.output
+    assert "Traceback" not in done.output and snapshot(folder / "out") == before
+
+
+def test_what_changes_no_number_may_change(forked, stopped, reference, tmp_path, record_property):
+    """Other knobs of resuming, and another version of a package, of which a line warns."""
+    shutil.copytree(stopped, tmp_path / "run")
+    path = tmp_path / "run/out/run ö_logs/ablation_config.json"
+    path.write_text(path.read_text().replace('"torch": "', '"torch": "1'))
+    done = forked(tmp_path / "run", RESUME=True, RESUME_EVERY=0, MAX_BAD_STEPS=5)
+    assert done.codes == [0] and "warning      the run was started with torch 1" in done.output
+    check_finished(tmp_path / "run/out", reference / "out")
+
+
+def test_a_finished_run_is_not_begun_again(forked, reference, record_property):
+    record_property("fault", "resumes refused")
+    before = snapshot(reference)
+    done = forked(reference, RESUME=True)
+    assert done.codes == [1] and "the run of out/run ö_logs is finished; start a new one" in done.output
+    assert snapshot(reference) == before
+
+
+def test_a_run_that_is_alive_is_not_continued(forked, stopped, tmp_path, record_property):
+    record_property("fault", "resumes refused")
+    shutil.copytree(stopped, tmp_path / "run")
+    before = snapshot(tmp_path / "run/out")
+    lock = files.lock(tmp_path / "run/out/run ö_logs")
+    done = forked(tmp_path / "run", RESUME=True)
+    lock.close()
+    assert done.codes == [1] and "another run, or a process that it has left, works in out/run ö_logs" in done.output
+    assert snapshot(tmp_path / "run/out") == before
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"derived": {}}', '{"LR": 1'])
+def test_damaged_constants(forked, stopped, tmp_path, record_property, content):
+    record_property("fault", "resumes refused")
+    shutil.copytree(stopped, tmp_path / "run")
+    path = tmp_path / "run/out/run ö_logs/ablation_config.json"
+    path.write_text(content)
+    done = forked(tmp_path / "run", RESUME=True)
+    assert done.codes == [1] and "ablation_config.json is damaged; start a new run" in done.output
+    assert path.read_text() == content
+
+
+def test_without_a_run_a_new_one_starts(forked, reference, tmp_path):
+    done = forked(tmp_path / "run", RESUME=True)
+    assert done.codes == [0] and "there is no run of out/run ö yet: this one is new" in done.output
+    check_finished(tmp_path / "run/out", reference / "out")
+
+
+def test_a_run_without_a_resume_point_begins_again_in_its_folder(forked, reference, tmp_path):
+    killed = forked(tmp_path / "run", faults={"at_step": [2, signal.SIGKILL]}, RESUME_EVERY=0)
+    assert killed.codes == [-signal.SIGKILL] and (tmp_path / "run/out/run ö_logs/train_loss.csv").stat().st_size
+    done = forked(tmp_path / "run", RESUME=True)
+    assert done.codes == [0] and "has no resume point yet: it begins at step 1" in done.output
+    check_finished(tmp_path / "run/out", reference / "out")
+
+
+def test_a_torn_line_and_a_missing_checkpoint_come_back(forked, reference, tmp_path):
+    """Stopped at a step of SAVE_EVERY: its checkpoint is made by the resumed run. The CSV ends in half a line."""
+    stopped = forked(tmp_path / "run", faults={"at_step": [3, signal.SIGUSR1]})
+    assert stopped.codes == [75] and not list((tmp_path / "run/out").glob("*_step0003"))
+    with open(tmp_path / "run/out/run ö_logs/train_loss.csv", "a") as file:
+        file.write("4,5.9")
+    assert forked(tmp_path / "run", RESUME=True).codes == [0]
+    check_finished(tmp_path / "run/out", reference / "out")
+
+
+def test_killed_while_removing_its_last_resume_point(forked, reference, tmp_path, record_property):
+    """Its last checkpoint is there: nothing is trained again, and what is left of the point goes."""
+    record_property("fault", "kill points: after the last checkpoint")
+    shutil.copytree(reference, tmp_path / "run")
+    (tmp_path / "run/out/run ö_logs/resume_step0004.unfinished").mkdir()
+    done = forked(tmp_path / "run", RESUME=True, faults={"kill": 10**6, "trace": str(tmp_path / "trace")})
+    assert done.codes == [0] and " step " not in (tmp_path / "trace").read_text()
+    check_finished(tmp_path / "run/out", reference / "out")
+
+
+def test_which_run_is_continued(tmp_path):
+    """The newest that is not finished; the folders of other names do not count."""
+
+    def make(name, steps, finished):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / log.CONSTANTS).write_text(json.dumps({"derived": {"total_steps": steps}}))
+        if finished:
+            (tmp_path / name.replace("_logs", f"_step{steps:04d}")).mkdir()
+
+    start = str(tmp_path / "run (1)")
+    assert log.unfinished_run(start) is None
+    make("run (1)_logs", 4, finished=False)
+    make("run (1)_logs-v2", 4, finished=True)
+    make("run (1)_logs-v10", 7, finished=False)
+    make("run (1) b_logs-v11", 7, finished=False)
+    assert log.unfinished_run(start) == (tmp_path / "run (1)_logs-v10", "-v10")
+    (tmp_path / "run (1)_step0007-v10").mkdir()
+    assert log.unfinished_run(start) == (tmp_path / "run (1)_logs", "")
+    (tmp_path / "run (1)_logs-v10/resume_step0007").mkdir()  # killed before it could remove its last resume point
+    assert log.unfinished_run(start) == (tmp_path / "run (1)_logs-v10", "-v10")
+    shutil.rmtree(tmp_path / "run (1)_logs-v10/resume_step0007")
+    (tmp_path / "run (1)_step0004").mkdir()
+    with pytest.raises(InputError, match="_logs-v10 is finished"):
+        log.unfinished_run(start)
+
+
+def test_machines_that_do_not_share_the_folder(forked, tmp_path, record_property):
+    record_property("fault", "runs refused")
+    (tmp_path / "elsewhere").mkdir()
+    done = forked(tmp_path / "run", 2, faults={"rank": 1, "elsewhere": str(tmp_path / "elsewhere")})
+    assert done.codes == [1, 1] and "CKPT_DIR must be in a folder that all share (rank 1)" in done.output
+    assert not list((tmp_path / "run/out").glob("*_step*")) and not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_two_runs_started_together_do_not_mix(base, pt_file, reference, tmp_path, record_property):
+    """In one folder, with the same CKPT_DIR: each has folders of its own, with the results of a run alone."""
+    record_property("fault", "runs started together")
+    argv = arguments("train_blockwise.py", TRAINING | {"MODEL": base, "PT_FILE": pt_file})
+    request = {"script": "train_blockwise.py", "argv": argv, "ranks": 1, "cwd": str(tmp_path), "faults": {}}
+    command = [sys.executable, ROOT / "tests/faults/server.py"]
+    servers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for i, server in enumerate(servers):
+        server.stdin.write(json.dumps(request | {"output": str(tmp_path / f"output{i}")}) + "\n")
+        server.stdin.flush()
+    codes = [json.loads(server.communicate()[0])["codes"] for server in servers]
+    assert codes == [[0], [0]], [(tmp_path / f"output{i}").read_text() for i in range(2)]
+    alone = results(reference / "out")
+    second = {re.sub(r"(_logs|_step\d{4})/", r"\1-v2/", name): content for name, content in alone.items()}
+    assert results(tmp_path / "out") == alone | second and len(second) == len(alone)

@@ -1,0 +1,64 @@
+"""What the watching thread does, with a process in place of the other rank. Under the launcher: tests/faults."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+SCRIPT = """
+import os, signal, subprocess, sys, time
+from types import SimpleNamespace
+sys.path.insert(0, sys.argv[1])
+import watch
+watch.GRACE, watch.TERM = 1, 2
+other = subprocess.Popen(["sleep", "20"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+place = SimpleNamespace(rank=0, local_rank=0, local_world=2, on_all_ranks=lambda function: [function(), other.pid])
+try:
+    with watch.Watch(place) as it:
+        exec(sys.argv[2])
+    print("stop", it.stop, signal.getsignal(signal.SIGTERM).name)
+finally:
+    other.kill()
+"""
+SEND = "os.kill(os.getpid(), signal.{}); "
+
+
+def watched(code):
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", SCRIPT, ROOT, code], capture_output=True, text=True, timeout=60)
+    return done, time.monotonic() - began
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_only_sets_a_flag(name):
+    done, _ = watched(SEND.format(name) + "time.sleep(0.5)")
+    assert done.returncode == 0 and done.stdout == f"stop {name} SIG_DFL\n", done.stderr
+
+
+WAITS, FAILS = "other.kill(); time.sleep(50)", "other.kill(); other.wait(); raise RuntimeError('gloo')"
+
+
+@pytest.mark.parametrize("code", [WAITS, FAILS])
+def test_without_the_other_rank_the_process_ends_and_says_so(code):
+    """Both where the main thread waits for ever, as in NCCL, and where it gets an error, as in gloo."""
+    done, seconds = watched(code)
+    assert done.returncode == 1 and seconds < 20
+    assert done.stderr.strip() == "error: rank 1 is gone. The same command with --RESUME=True goes on."
+
+
+def test_an_error_of_this_rank_itself_is_not_blamed_on_others():
+    done, _ = watched("raise RuntimeError('out of memory')")
+    assert done.returncode == 1 and "RuntimeError: out of memory" in done.stderr and "is gone" not in done.stderr
+
+
+def test_a_step_that_does_not_end_after_sigterm_is_given_up():
+    done, seconds = watched(SEND.format("SIGTERM") + "time.sleep(50)")
+    assert done.returncode == 1 and seconds < 20 and "did not end within 2 s of SIGTERM" in done.stderr
+
+
+@pytest.mark.parametrize("name, before", [("SIGTERM", "it.stopping = True; "), ("SIGUSR1", "")])
+def test_saving_and_other_signals_have_no_limit(name, before):
+    done, _ = watched(before + SEND.format(name) + "time.sleep(4)")
+    assert done.returncode == 0 and done.stdout == f"stop {name} SIG_DFL\n", done.stderr

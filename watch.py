@@ -1,0 +1,103 @@
+"""What ends a run from outside: a signal, a launcher that is gone, a rank that has died.
+
+A signal only sets a flag, which the training loop shares among the ranks once a step. A thread looks after the rest: it
+ends the process where the main thread cannot, because it waits for a rank that will never come.
+"""
+
+import math
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+
+import psutil
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+GRACE = 10  # seconds in which the main thread may say itself what it lacks since another rank is gone
+TERM = 25  # seconds from SIGTERM to the end of the optimizer step; launchers kill after 30
+
+
+class Watch:
+    """Watches the process while the `with` block runs. `stop`: what asks the run to stop, or None."""
+
+    def __init__(self, place):
+        self.place, self.stop, self.stopping = place, None, False
+        pids, first = place.on_all_ranks(os.getpid), place.rank - place.local_rank
+        ranks = set(range(first, first + place.local_world)) - {place.rank}
+        self.siblings = {rank: psutil.Process(pids[rank]) for rank in ranks}  # on this machine
+        self.launchers = launchers()
+
+    def __enter__(self):
+        self.inbox, self.outbox = socket.socketpair()
+        self.outbox.setblocking(False)
+        # a handler waits for the main thread, which may be in a collective; this descriptor gets the number at once
+        self.wakeup = signal.set_wakeup_fd(self.outbox.fileno())
+        self.handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self.thread = threading.Thread(target=self.look, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        since = time.monotonic()
+        while isinstance(error, RuntimeError) and time.monotonic() < since + 3:  # of a collective that lacks a rank?
+            if (rank := self.gone()) is not None:
+                self.end(f"rank {rank} is gone")
+            time.sleep(0.1)
+        self.outbox.send(b"\0")
+        self.thread.join()
+        signal.set_wakeup_fd(self.wakeup)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def look(self):
+        """The thread: reads the signals as they come, and looks at the other processes once a second."""
+        since = deadline = math.inf
+        while True:
+            ready, *_ = select.select([self.inbox], [], [], 1.0)
+            for number in self.inbox.recv(64) if ready else b"":
+                if number == 0:
+                    return
+                self.stop = signal.Signals(number).name
+                if number == signal.SIGTERM:
+                    deadline = min(deadline, time.monotonic() + TERM)
+            if not self.stop and not all(map(alive, self.launchers)):
+                self.stop = "the end of the launcher"
+            if (rank := self.gone()) is not None:
+                since = min(since, time.monotonic())
+                if time.monotonic() > since + GRACE:
+                    self.end(f"rank {rank} is gone")
+            if time.monotonic() > deadline and not self.stopping:
+                self.end(f"the optimizer step did not end within {TERM} s of SIGTERM")
+
+    def gone(self):
+        """A rank of this machine whose process has ended, or None."""
+        return next((rank for rank, process in self.siblings.items() if not alive(process)), None)
+
+    def end(self, reason):
+        """Ends this process from any thread; one of the ranks that are left says why."""
+        if all(rank > self.place.rank for rank, process in self.siblings.items() if alive(process)):
+            print(f"\nerror: {reason}. The same command with --RESUME=True goes on.", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def launchers():
+    """The processes that live as long as the ranks: the parent and, above DeepSpeed's launcher, its runner.
+
+    If one of them is killed, the ranks would run on with nobody to stop them.
+    """
+    try:
+        parent = psutil.Process(os.getppid())
+        runner = parent.parent() if "deepspeed.launcher.launch" in parent.cmdline() else None
+    except psutil.Error:  # started by a system process that we may not look at, as under some Slurms
+        return []
+    return [parent] + [runner] * bool(runner)
+
+
+def alive(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and process.is_running()
+    except psutil.NoSuchProcess:
+        return False
