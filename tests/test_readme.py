@@ -50,8 +50,7 @@ def test_every_command_runs_or_says_what_it_needs(clone):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         script = script.replace("deepspeed ", f"deepspeed --master_port {probe.getsockname()[1]} ")
-    small = script.replace("benchmarks.bench_train", "benchmarks.bench_train --vocab_size 2000 --repeats 2")
-    small = small.replace("benchmarks.bench_decode", "benchmarks.bench_decode --limit 4 --repeats 1")
+    small = script.replace("benchmarks.bench_decode", "benchmarks.bench_decode --limit 4 --repeats 1")
     env = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}
     done = subprocess.run(["bash", "-euc", small], cwd=clone, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
