@@ -188,7 +188,6 @@ def main():
         print(json.dumps({"seconds": times[args.only], "mb": common.peak_memory_mb()}))
         return
     names = [name for name, step in VARIANTS.items() if args.compile or not step.compiled]
-    # before this process grows: on Linux a child's peak is never below its parent's
     memory = {name: common.own_process(__spec__.name, args, repeats=1, only=name)["mb"] for name in names}
     times, losses, scored, config = measure(args, device, names)
     print(f"{scored} of {args.batch * args.length:,} positions are scored, loss {losses['ours']:.5f}")
