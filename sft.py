@@ -1,4 +1,4 @@
-"""What both trainers share: rows, block schedule, LoRA model, DeepSpeed engine, training loop, logs, checkpoints.
+"""What both trainers share: LoRA model, DeepSpeed engine, training loop, checkpoints, samples.
 
 A line belongs here only if changing it for one trainer and not for the other would make their comparison unfair.
 Letters in shapes: N rows of the data, G rows of a global batch, B rows of a micro-batch, L row length, V vocabulary,
@@ -52,17 +52,12 @@ def train(knobs, turns, hide):
     hide: (prompt_len (G,), length (G,), turn (G,), generator=) -> hidden, (G, L) bool, and weights of the tokens in the
     loss, (G, L), above 0 where a token is scored (see masking.py).
     Raises InputError before anything is trained or written if something in the knobs, the rows or the model is wrong,
-    and during the training if the loss or the gradient is not finite.
+    and during the training if a file cannot be written or MAX_BAD_STEPS come in a row. Exits with STOPPED if asked to.
     """
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
         raise InputError(f"start this script with the launcher: deepspeed --num_gpus N {sys.argv[0]}")
     place = Place.from_environment()
-    check_targets(knobs.TARGET_MODS)
-    data = read_pt(knobs.PT_FILE)  # before the base, which may be a large download
-    base = llada.local_folder(knobs.MODEL)
-    config = check_model(base, knobs)
-    rows = make_rows(data, knobs, config)
-    samples = Samples(base, config, rows, knobs) if knobs.SAMPLE_EVERY else None
+    base, rows, samples = check_input(knobs)
     plan = schedule(turns(rows.length - rows.prompt_len), knobs.EPOCHS, knobs.SEED)  # (P, 2)
     steps = plan_steps(knobs, place, rows, plan)
     start_group()
@@ -70,7 +65,6 @@ def train(knobs, turns, hide):
     model = lora_model(base, knobs, place)
     engine = start_engine(model, knobs, steps)
     rows, plan = rows.to(place.device), plan.to(place.device)
-
     done, bad_steps = resume.load(engine, place, log)
 
     with resume.hint(log), Watch(place) as watch:
@@ -101,6 +95,16 @@ def train(knobs, turns, hide):
     if watch.stopping:
         say(place, "stopped", f"as asked, after step {step}; the same command with --RESUME=True goes on")
         sys.exit(STOPPED)
+
+
+def check_input(knobs):
+    """Checks all that the user gives. Returns the base's folder, the Rows, and the Samples to be written or None."""
+    check_targets(knobs.TARGET_MODS)
+    data = read_pt(knobs.PT_FILE)  # before the base, which may be a large download
+    base = llada.local_folder(knobs.MODEL)
+    config = check_model(base, knobs)
+    rows = make_rows(data, knobs, config)
+    return base, rows, Samples(base, config, rows, knobs) if knobs.SAMPLE_EVERY else None
 
 
 @dataclass

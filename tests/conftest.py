@@ -161,6 +161,22 @@ def forked(base, pt_file):
     server.wait(30)
 
 
+@pytest.fixture(scope="session")
+def uninterrupted(forked, tmp_path_factory):
+    """uninterrupted(ranks=..., ...) -> the folder of such a run of `forked`, made once; its events are in `trace`."""
+    runs = {}
+
+    def train(**how):
+        key = repr(sorted(how.items()))
+        if key not in runs:
+            runs[key] = tmp_path_factory.mktemp("uninterrupted")
+            done = forked(runs[key], **how, faults={"trace": str(runs[key] / "trace")})
+            assert not any(done.codes), done.output
+        return runs[key]
+
+    return train
+
+
 # 4 steps, a checkpoint after 3 and 4, a resume point after each; dropout, to see whether its random numbers come back
 TRAINING = {
     "MASK_ID": 4, "MAX_LEN": 192, "LORA_R": 4, "LORA_ALPHA": 8, "LORA_DROPOUT": 0.1, "LR": 1e-2, "BF16": False,

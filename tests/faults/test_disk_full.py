@@ -36,35 +36,21 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("place", PLACES if metafunc.config.getoption("full") else SAMPLE)
 
 
-@pytest.fixture(scope="module")
-def reference(forked, tmp_path_factory):
-    """ranks -> what a run without faults leaves behind."""
-    folders = {}
-
-    def run(ranks):
-        if ranks not in folders:
-            folders[ranks] = tmp_path_factory.mktemp("reference")
-            done = forked(folders[ranks], ranks)
-            assert not any(done.codes), done.output
-        return folders[ranks] / "out"
-
-    return run
-
-
-def test_a_full_disk(forked, reference, tmp_path, record_property, place):
+def test_a_full_disk(forked, uninterrupted, tmp_path, record_property, place):
     record_property("fault", "disk full")
     faults, named = PLACES[place]
     ranks = 2 if "rank" in faults else 1
+    reference = uninterrupted(ranks=ranks)
     full = forked(tmp_path / "run", ranks, faults=faults)
     assert full.codes == [1] * ranks, full.output
     assert (
         full.output.count(named) == ranks and "Traceback" not in full.output
     )  # a launcher ends those that say it late
-    check_left(tmp_path / "run/out", reference(ranks))
+    check_left(tmp_path / "run/out", reference / "out")
     assert not list((tmp_path / "run").rglob("*unfinished*"))
     room = forked(tmp_path / "run", ranks, RESUME=True)
     assert not any(room.codes), room.output
-    check_finished(tmp_path / "run/out", reference(ranks))
+    check_finished(tmp_path / "run/out", reference / "out")
 
 
 @pytest.mark.parametrize("there", [b"", b"the rows of before"])

@@ -6,7 +6,6 @@ see Faults in server.py. `--full` tries far more of these events.
 
 import signal
 
-import pytest
 from outcome import check_finished, check_left
 
 SETUPS = {"1 rank": {"ranks": 1}, "2 ranks": {"ranks": 2, "BF16": True, "MICRO_BSIZE": 1}}
@@ -15,26 +14,10 @@ SETUPS = {"1 rank": {"ranks": 1}, "2 ranks": {"ranks": 2, "BF16": True, "MICRO_B
 def pytest_generate_tests(metafunc):
     """The points of a run at which it is killed, as shares of its events."""
     if "point" in metafunc.fixturenames:
-        one, two = (48, 12) if metafunc.config.getoption("full") else (8, 2)
+        one, two = (48, 12) if metafunc.config.getoption("full") else (4, 2)
         points = [("1 rank", (i + 0.5) / one, True) for i in range(one)]
         points += [("2 ranks", (i + 0.5) / two, i % 2) for i in range(two)]  # both ranks, or one of them
         metafunc.parametrize("setup, point, together", points)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(forked, tmp_path_factory):
-    """uninterrupted(setup) -> what a run without faults leaves behind, and the lines of its events."""
-    runs = {}
-
-    def run(setup):
-        if setup not in runs:
-            folder = tmp_path_factory.mktemp("uninterrupted")
-            done = forked(folder, **SETUPS[setup], faults={"trace": str(folder / "trace")})
-            assert not any(done.codes), done.output
-            runs[setup] = folder / "out", (folder / "trace").read_text().splitlines()
-        return runs[setup]
-
-    return run
 
 
 def phase(event):
@@ -47,7 +30,8 @@ def phase(event):
 
 
 def test_killed_and_resumed(forked, uninterrupted, tmp_path, record_property, setup, point, together):
-    reference, events = uninterrupted(setup)
+    reference = uninterrupted(**SETUPS[setup])
+    events = (reference / "trace").read_text().splitlines()
     event = events[int(point * len(events))]
     record_property("fault", f"kill points: {setup}, {phase(event)}")
     run = tmp_path / "run"
@@ -57,7 +41,7 @@ def test_killed_and_resumed(forked, uninterrupted, tmp_path, record_property, se
     killed = forked(run, **SETUPS[setup], faults=faults)
     assert -signal.SIGKILL in killed.codes, killed.output
     assert killed.seconds < 60 and (together or None not in killed.codes), "the other rank must end by itself"
-    check_left(run / "out", reference)
+    check_left(run / "out", reference / "out")
     resumed = forked(run, **SETUPS[setup], RESUME=True)
     assert not any(resumed.codes), resumed.output
-    check_finished(run / "out", reference)
+    check_finished(run / "out", reference / "out")

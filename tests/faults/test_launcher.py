@@ -10,7 +10,7 @@ import pytest
 from conftest import TRAINING, arguments, launcher_command
 from outcome import check_finished, losses
 
-KNOBS = {"EPOCHS": 100, "TOTAL_TRAIN_STEPS": 80, "SAVE_EVERY": 0, "RESUME_EVERY": 0}  # long enough to be met running
+KNOBS = {"EPOCHS": 100, "TOTAL_TRAIN_STEPS": 60, "SAVE_EVERY": 0, "RESUME_EVERY": 0}  # long enough to be met running
 
 
 class Job:
@@ -61,12 +61,9 @@ def job(tmp_path, base, pt_file):
                 process.kill()
 
 
-@pytest.fixture(scope="module")
-def reference(forked, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reference")
-    done = forked(folder, 2, "train_fullseq.py", **KNOBS)
-    assert not any(done.codes), done.output
-    return folder / "out"
+@pytest.fixture
+def reference(uninterrupted):
+    return uninterrupted(ranks=2, script="train_fullseq.py", **KNOBS) / "out"
 
 
 def points(folder):
@@ -90,12 +87,14 @@ STOPS = {
     "SIGKILL to the runner": (lambda job: job.runner.kill(), -signal.SIGKILL),
     "SIGKILL to the launcher": (lambda job: job.launcher.kill(), None),
 }
-SAMPLE = ("Ctrl-C", "SIGTERM to the runner")
 
 
 def pytest_generate_tests(metafunc):
+    full = metafunc.config.getoption("full")
     if "stop" in metafunc.fixturenames:
-        metafunc.parametrize("stop", STOPS if metafunc.config.getoption("full") else SAMPLE)
+        metafunc.parametrize("stop", STOPS if full else ["Ctrl-C"])
+    if "rank" in metafunc.fixturenames:
+        metafunc.parametrize("rank", [0, 1] if full else [1])
 
 
 def test_asked_to_stop(job, forked, reference, tmp_path, record_property, stop):
@@ -108,11 +107,10 @@ def test_asked_to_stop(job, forked, reference, tmp_path, record_property, stop):
     assert one.ended(40) == code or code is None, one.text()
     (point,) = points(tmp_path)
     assert f"stopped      as asked, after step {point}" in one.text() and point == len(losses(tmp_path / "out"))
-    assert point < 80 and "Traceback" not in one.text().split("runner.py")[0]
+    assert point < 60 and "Traceback" not in one.text().split("runner.py")[0]
     resume(forked, tmp_path, reference)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_takes_the_run_down(job, forked, reference, tmp_path, record_property, rank):
     record_property("fault", "ranks killed under the launcher")
     one = job(RESUME_EVERY=2)

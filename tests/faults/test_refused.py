@@ -27,11 +27,15 @@ def stopped(forked, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def reference(forked, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reference")
-    assert forked(folder).codes == [0]
-    return folder
+@pytest.fixture
+def reference(uninterrupted):
+    return uninterrupted(ranks=1)
+
+
+def pytest_generate_tests(metafunc):
+    if "what" in metafunc.fixturenames:
+        sample = ("LR", "ranks", "rows", "model")
+        metafunc.parametrize("what", DIFFERENT if metafunc.config.getoption("full") else sample)
 
 
 def snapshot(folder):
@@ -74,7 +78,6 @@ DIFFERENT = {  # what is given, or done to copies of base and data, and what the
 }
 
 
-@pytest.mark.parametrize("what", DIFFERENT)
 def test_another_run_is_not_continued(forked, stopped, base, pt_file, tmp_path, record_property, what):
     record_property("fault", "resumes refused")
     change, said = DIFFERENT[what]
@@ -104,12 +107,13 @@ def test_what_changes_no_number_may_change(forked, stopped, reference, tmp_path,
     check_finished(tmp_path / "run/out", reference / "out")
 
 
-def test_a_finished_run_is_not_begun_again(forked, reference, record_property):
+def test_a_finished_run_is_not_begun_again(forked, reference, tmp_path, record_property):
     record_property("fault", "resumes refused")
-    before = snapshot(reference)
-    done = forked(reference, RESUME=True)
+    shutil.copytree(reference / "out", tmp_path / "run/out")
+    before = snapshot(tmp_path / "run")
+    done = forked(tmp_path / "run", RESUME=True)
     assert done.codes == [1] and "the run of out/run ö_logs is finished; start a new one" in done.output
-    assert snapshot(reference) == before
+    assert snapshot(tmp_path / "run") == before
 
 
 def test_a_run_that_is_alive_is_not_continued(forked, stopped, tmp_path, record_property):
@@ -161,7 +165,7 @@ def test_a_torn_line_and_a_missing_checkpoint_come_back(forked, reference, tmp_p
 def test_killed_while_removing_its_last_resume_point(forked, reference, tmp_path, record_property):
     """Its last checkpoint is there: nothing is trained again, and what is left of the point goes."""
     record_property("fault", "kill points: after the last checkpoint")
-    shutil.copytree(reference, tmp_path / "run")
+    shutil.copytree(reference / "out", tmp_path / "run/out")
     (tmp_path / "run/out/run ö_logs/resume_step0004.unfinished").mkdir()
     done = forked(tmp_path / "run", RESUME=True, faults={"kill": 10**6, "trace": str(tmp_path / "trace")})
     assert done.codes == [0] and " step " not in (tmp_path / "trace").read_text()

@@ -12,14 +12,6 @@ RANKS = 2  # and both have files that can be damaged
 
 
 @pytest.fixture(scope="module")
-def reference(forked, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reference")
-    done = forked(folder, RANKS)
-    assert not any(done.codes), done.output
-    return folder / "out"
-
-
-@pytest.fixture(scope="module")
 def stopped(forked, tmp_path_factory):
     """A run that was stopped after its third step: with resume points 2 and 3, and no checkpoint yet."""
     folder = tmp_path_factory.mktemp("stopped")
@@ -96,7 +88,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("damage", DAMAGES if metafunc.config.getoption("full") else SAMPLE)
 
 
-def test_the_point_before_is_used(forked, reference, stopped, tmp_path, record_property, damage):
+def test_the_point_before_is_used(forked, uninterrupted, stopped, tmp_path, record_property, damage):
     record_property("fault", "damaged resume points")
     shutil.copytree(stopped, tmp_path / "run")
     (point,) = (tmp_path / "run/out").glob("*/resume_step0003")
@@ -104,7 +96,7 @@ def test_the_point_before_is_used(forked, reference, stopped, tmp_path, record_p
     done = forked(tmp_path / "run", RANKS, RESUME=True)
     assert not any(done.codes), done.output
     assert done.output.count("resume_step0003 is damaged: ") == 1 and "goes on after step 2" in done.output
-    check_finished(tmp_path / "run/out", reference)
+    check_finished(tmp_path / "run/out", uninterrupted(ranks=RANKS) / "out")
     assert not list(tmp_path.rglob("executed"))
 
 

@@ -1,0 +1,84 @@
+"""Files that are there whole or not at all, on a disk with room for a part of them."""
+
+import errno
+import resource
+import signal
+
+import pytest
+
+import files
+from cli import InputError
+
+
+@pytest.fixture
+def small_disk():
+    """No file can become larger than 100 bytes."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_append_adds_all_or_nothing(tmp_path, small_disk):
+    path = tmp_path / "ö.csv"
+    files.append(path, "ä" * 45 + "\n")
+    with pytest.raises(OSError):
+        files.append(path, "0123456789\n")  # there is room for nine bytes
+    assert path.read_text() == "ä" * 45 + "\n"
+    files.append(path, "12345678\n")
+    assert path.read_text().endswith("\n12345678\n") and path.stat().st_size == 100
+
+
+def test_replace_leaves_the_old_file_and_no_other(tmp_path, small_disk):
+    path = tmp_path / "rows.pt"
+    files.replace(path, b"old")
+    with pytest.raises(OSError):
+        files.replace(path, b"x" * 101)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    files.replace(path, "new ö")
+    assert path.read_text() == "new ö" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_the_disk_gives_back_is_compared(tmp_path, monkeypatch):
+    """A disk that loses bits; the file is not put in place of the old one."""
+    path, sha256 = tmp_path / "rows.pt", files.sha256
+    files.replace(path, "old")
+
+    def losing(path):
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        return sha256(path)
+
+    monkeypatch.setattr(files, "sha256", losing)
+    with pytest.raises(OSError) as error:
+        files.replace(path, "new")
+    assert error.value.errno == errno.EIO and path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_manifest_notices_every_change_of_itself_and_of_files(tmp_path):
+    line = files.write(tmp_path / "data", [b"some ", b"bytes"])
+    files.write_manifest(tmp_path, {"step": 3, "files": {"data": line}})
+    manifest = files.read_manifest(tmp_path)
+    assert manifest == {"step": 3, "files": {"data": line}} and files.check(tmp_path, "data", manifest) is None
+    text = (tmp_path / "manifest.json").read_text()
+    for place in range(0, len(text) - 1, 7):
+        changed = text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1 :]
+        (tmp_path / "manifest.json").write_text(changed)
+        if changed.split() != text.split():
+            with pytest.raises(ValueError):
+                files.read_manifest(tmp_path)
+    for content, said in ((b"some byte", "says 10"), (b"some bytez", "sha256 differs")):
+        (tmp_path / "data").write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            files.check(tmp_path, "data", manifest)
+
+
+def test_a_lock_is_shared_only_if_asked(tmp_path):
+    first = files.lock(tmp_path)
+    with pytest.raises(InputError, match="another run, or a process that it has left, works in"):
+        files.lock(tmp_path)
+    first.close()
+    shared = [files.lock(tmp_path, files.fcntl.LOCK_SH) for _ in range(2)]
+    with pytest.raises(InputError):
+        files.lock(tmp_path)
+    assert len(shared) == 2
