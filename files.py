@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,18 +43,15 @@ def sha256(path):
 def write(path, chunks):
     """Writes a new file from chunks of bytes. Once it is on the disk, returns what a manifest says of it."""
     digest = hashlib.sha256()
-    with open(path, "xb") as file, ThreadPoolExecutor(1) as beside:  # which hashes while the next chunk is made
-        hashed = None
+    with open(path, "xb") as file:
         for chunk in chunks:
             file.write(chunk)
-            if hashed:
-                hashed.result()
-            hashed = beside.submit(digest.update, chunk)
+            digest.update(chunk)
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()
     if sha256(path) != digest.hexdigest():
-        raise OSError(errno.EIO, "the disk gives back other bytes than were written")
+        raise OSError(errno.EIO, "reading it gives other bytes than were written")
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
@@ -89,7 +85,7 @@ def lock(folder, kind=fcntl.LOCK_EX):
     Processes that inherit the file hold the lock, too.
     """
     with writing(folder):
-        file = open(folder / "lock", "a")  # noqa: SIM115  (open as long as the process)
+        file = open(folder / "lock", "a+")  # noqa: SIM115  (open as long as the process; NFS wants it readable)
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:

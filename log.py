@@ -25,7 +25,7 @@ import llada
 import merge
 from cli import InputError
 
-FREE = {"RESUME", "RESUME_EVERY", "MAX_BAD_STEPS"}  # knobs that change no number; all others must stay the same
+FREE = {"RESUME", "RESUME_EVERY", "MAX_BAD_STEPS"}  # knobs that a resumed run may change
 CONSTANTS = "ablation_config.json"
 RESUME_POINT = "resume_step"  # and the number of the step
 VERSIONS = ("torch", "transformers", "deepspeed", "peft")
@@ -50,7 +50,8 @@ class Log:
         self.folder, self.suffix, self.resumed = place.on_first_rank(lambda: self.open(knobs, base, engine_config))
         self.last_checkpoint = checkpoint_folder(knobs.CKPT_DIR, steps, self.suffix)
         if place.rank == 0:
-            fcntl.flock(self.lock, fcntl.LOCK_SH)  # now every rank holds it: no run starts beside one that is left
+            with files.writing(self.folder):
+                fcntl.flock(self.lock, fcntl.LOCK_SH)  # now every rank holds it: no run starts beside one that is left
         place.on_first_rank(lambda: None)
         place.on_all_ranks(self.hold)
 
@@ -251,4 +252,4 @@ def check_same(path, constants, place):
         change = f"{name} was {old!r}, now it is {new!r}"
         if name in ("data", "model"):
             change = f"the content of {constants[{'data': 'PT_FILE', 'model': 'MODEL'}[name]]} has changed"
-        raise InputError(f"--RESUME=True: {path.parent} is another run: {change}. Start a new one without that knob.")
+        raise InputError(f"{path.parent} is another run: {change}. Start a new one without --RESUME=True.")

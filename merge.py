@@ -6,6 +6,7 @@ dozen MB whatever the model's size. Sums are made in fp32 and rounded once.
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -44,7 +45,9 @@ def merge_weights(base, out, factors, part=0, parts=1):
     Returns what a manifest says of the files, {name: see files.write}.
     """
     shards = llada.weight_files(base)[part::parts]
-    return {shard.name: merge_shard(shard, out / shard.name, factors) for shard in shards}
+    with ThreadPoolExecutor(2) as pool:  # one adds while the other waits for the disk
+        written = pool.map(lambda shard: merge_shard(shard, out / shard.name, factors), shards)
+        return {shard.name: entry for shard, entry in zip(shards, written)}
 
 
 def merge_shard(source, target, factors):

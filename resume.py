@@ -102,7 +102,7 @@ def load(engine, place, log):
             place.on_first_rank(lambda i=i: remove(there[:i]))
             say(place, "resume", f"{log.folder} goes on after step {content['step']}")
             return content["step"], content["bad_steps"]
-        say(place, "warning", f"{point} is damaged: {problems[0]}. The one before is used.")
+        say(place, "warning", f"{point} is damaged: {problems[0]}." + " The one before is used." * (i + 1 < len(there)))
     if there:
         raise InputError(f"no resume point of {log.folder} is undamaged; start a new run without --RESUME=True.")
     if log.resumed and place.on_first_rank(log.last_checkpoint.exists):  # it was killed while it removed its points

@@ -52,7 +52,8 @@ def make_rows(data, knobs, config):
 
 
 # what a damaged zip, or a good zip with a bad pickle, makes zipfile and torch.load raise
-UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, LookupError, TypeError, ValueError)
+UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, OSError)
+UNREADABLE += (RuntimeError, LookupError, TypeError, ValueError)
 
 
 def read_pt(path):

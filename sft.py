@@ -66,6 +66,7 @@ def train(knobs, turns, hide):
     engine = start_engine(model, knobs, steps)
     rows, plan = rows.to(place.device), plan.to(place.device)
     done, bad_steps = resume.load(engine, place, log)
+    stopped = False
 
     with resume.hint(log), Watch(place) as watch:
         if done and is_due(done, knobs.SAVE_EVERY, steps):  # the run may have ended between resume point and checkpoint
@@ -73,26 +74,30 @@ def train(knobs, turns, hide):
         bar = tqdm(range(done + 1, steps + 1), "training", steps, initial=done, unit="step", disable=place.rank != 0)
         for step in bar:
             began, lr = time.perf_counter(), engine.get_lr()[0]
-            result = train_step(engine, knobs, place, rows, plan, hide, step, asked=lambda: watch.stop)
+            with watch.step():
+                result = train_step(engine, knobs, place, rows, plan, hide, step, asked=lambda: watch.stop)
             log.row(step, lr, result, global_batch(knobs, place) * knobs.MAX_LEN / (time.perf_counter() - began))
             bar.set_postfix(loss=f"{result.loss:.3f}")
             bad_steps = bad_steps + 1 if result.bad_rows else 0
-            if bad_steps == knobs.MAX_BAD_STEPS:
-                raise InputError(f"{bad_steps} bad steps in a row, see {log.folder}/bad_steps.jsonl. Try a lower LR.")
+            if bad_steps >= knobs.MAX_BAD_STEPS:
+                break
             if samples and step % knobs.SAMPLE_EVERY == 0:
                 samples.write(model, log, step)
-            watch.stopping, save = result.stop, is_due(step, knobs.SAVE_EVERY, steps)
+            save = is_due(step, knobs.SAVE_EVERY, steps)
             if save or result.stop or is_due(step, knobs.RESUME_EVERY, steps):
                 resume.save(engine, place, log, step, bad_steps)
-            if result.stop:
+            stopped = result.stop
+            if stopped:
                 break
             if save:
                 save_checkpoint(model, base, knobs, place, log, rows, step)
-        if not watch.stopping:
+        if not stopped and bad_steps < knobs.MAX_BAD_STEPS:
             place.on_first_rank(lambda: resume.remove(resume.points(log.folder)))
+    if bad_steps >= knobs.MAX_BAD_STEPS:  # to go on would meet the same steps
+        raise InputError(f"{bad_steps} bad steps in a row, see {log.folder}/bad_steps.jsonl. Try a new run, lower LR.")
     log.close()
     dist.destroy_process_group()
-    if watch.stopping:
+    if stopped:
         say(place, "stopped", f"as asked, after step {step}; the same command with --RESUME=True goes on")
         sys.exit(STOPPED)
 

@@ -12,23 +12,25 @@ import socket
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE = 10  # seconds in which the main thread may say itself what it lacks since another rank is gone
-TERM = 25  # seconds from SIGTERM to the end of the optimizer step; launchers kill after 30
+TERM = 25  # seconds from SIGTERM to the end of the optimizer step; DeepSpeed's launcher kills after 30
 
 
 class Watch:
     """Watches the process while the `with` block runs. `stop`: what asks the run to stop, or None."""
 
     def __init__(self, place):
-        self.place, self.stop, self.stopping = place, None, False
+        self.place, self.stop, self.step_began = place, None, math.inf
         pids, first = place.on_all_ranks(os.getpid), place.rank - place.local_rank
         ranks = set(range(first, first + place.local_world)) - {place.rank}
         self.siblings = {rank: psutil.Process(pids[rank]) for rank in ranks}  # on this machine
         self.launchers = launchers()
+        self.patience = TERM if len(self.launchers) > 1 else math.inf  # only DeepSpeed's, with its runner, kills
 
     def __enter__(self):
         self.inbox, self.outbox = socket.socketpair()
@@ -52,9 +54,16 @@ class Watch:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def step(self):
+        """Marks an optimizer step; only that may not take long once SIGTERM has come, but saving may."""
+        self.step_began = time.monotonic()
+        yield
+        self.step_began = math.inf
+
     def look(self):
         """The thread: reads the signals as they come, and looks at the other processes once a second."""
-        since = deadline = math.inf
+        since = asked = math.inf
         while True:
             ready, *_ = select.select([self.inbox], [], [], 1.0)
             for number in self.inbox.recv(64) if ready else b"":
@@ -62,15 +71,15 @@ class Watch:
                     return
                 self.stop = signal.Signals(number).name
                 if number == signal.SIGTERM:
-                    deadline = min(deadline, time.monotonic() + TERM)
+                    asked = min(asked, time.monotonic())
             if not self.stop and not all(map(alive, self.launchers)):
                 self.stop = "the end of the launcher"
             if (rank := self.gone()) is not None:
                 since = min(since, time.monotonic())
                 if time.monotonic() > since + GRACE:
                     self.end(f"rank {rank} is gone")
-            if time.monotonic() > deadline and not self.stopping:
-                self.end(f"the optimizer step did not end within {TERM} s of SIGTERM")
+            if time.monotonic() > max(asked, self.step_began) + self.patience:
+                self.end(f"the optimizer step did not end within {self.patience} s of SIGTERM")
 
     def gone(self):
         """A rank of this machine whose process has ended, or None."""

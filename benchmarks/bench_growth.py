@@ -109,7 +109,7 @@ def main():
     common.add_model_flags(parser)
     parser.add_argument("--steps", action="store_true", help="the training step")
     parser.add_argument("--data", action="store_true", help="pt.py and the start of a run")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     if not torch.cuda.is_available():

@@ -103,11 +103,16 @@ def main():
                 os.sync()  # so that no run waits for the disk because of the one before it
                 results.append(common.own_process(__spec__.name, args, way=way, folder=name))
         gap, largest = difference(folder)
+    if gap > 2**-7 * largest:  # each way rounds once or twice to bf16, with 8 bits
+        raise SystemExit(f"the two ways differ by up to {gap}, at weights of up to {largest}")
     print(f"checkpoint of {size / 1e6:,.0f} MB, largest tensor {args.vocab_size * args.d_model * 2 / 1e6:,.0f} MB")
     ratios = {}
     for way, results in runs.items():
         seconds, grown = (statistics.median(run[key] for run in results) for key in ("seconds", "mb"))
         print(f"{way:<6} {seconds:6.2f} s, memory grows by {grown:6,.0f} MB")
+    most = max(run["mb"] for run in runs["ours"])
+    limit = 1.3 * args.vocab_size * args.d_model * 2 / 1e6 + 300
+    print(f"ours: at most {most:,.0f} MB; 1.3 times the largest tensor and 300 MB are {limit:,.0f}")
     for key, what in (("seconds", "times as fast"), ("mb", "times less memory")):
         ratios[key] = common.ratios([run[key] for run in runs["plain"]], [run[key] for run in runs["ours"]])
         print("{}: {:.1f} ({:.1f} to {:.1f})".format(what, *ratios[key]))

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -124,7 +125,7 @@ def own_process(module, args, **changes):
 
     In a process of its own, as memory that was used once counts for ever.
     """
-    flags = {key: value for key, value in (vars(args) | changes).items() if value not in (None, False)}
+    flags = {key: value for key, value in (vars(args) | changes).items() if value is not None and value is not False}
     words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in flags.items()]
     done = subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True)
     if done.returncode:
@@ -135,8 +136,6 @@ def own_process(module, args, **changes):
 def print_json(args, **results):
     """The line for machines: flags, hardware, versions, results."""
     cores = f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    machine = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cores,
-        "torch": torch.__version__,
-    }
+    machine = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else cores}
+    machine |= {name: version(name) for name in ("torch", "transformers", "peft", "deepspeed", "fastokens")}
     print(json.dumps({"benchmark": sys.argv[0].rpartition("/")[2], **vars(args), **machine, **results}, default=str))

@@ -2,9 +2,10 @@
 
     python -m benchmarks.scale
 
-Every GPU trains MICRO_BSIZE rows of MAX_LEN tokens per step. Per step and GPU, both ways send the gradients of the
-adapters once and receive them once: ZeRO-2 as a reduce-scatter before the optimizer and an all-gather of the weights
-after it, plain data parallel as an all-reduce. They differ in the optimizer's memory. The rates are assumptions, in the
+Every GPU trains MICRO_BSIZE rows of MAX_LEN tokens per step, without LoRA dropout, with GRAD_ACC 1. Per step and GPU,
+both ways send the gradients of the adapters once and receive them once: ZeRO-2 as a reduce-scatter before the optimizer
+and an all-gather of the weights after it (with GRAD_ACC n, n reduce-scatters), plain data parallel as an all-reduce.
+They differ in the optimizer's memory. The rates are assumptions, in the
 flags: FLOP/s of one GPU in training, and bandwidth per GPU within a machine of 8 and between machines. Sending is taken
 to overlap with nothing.
 """

@@ -146,8 +146,8 @@ def prepare(work, number, lock):
 
         import pt
 
-        rows = [row | {"full_ids": row["full_ids"][:-1]} for row in torch.load(work / "whole.pt")]
-        pt.save(rows, output)
+        rows = torch.load(work / "whole.pt")
+        pt.save([(row["prompt_len"], row["full_ids"][:-1].numpy()) for row in rows], output)
     return output
 
 

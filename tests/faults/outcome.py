@@ -16,7 +16,7 @@ def results(folder):
     return kept
 
 
-def check_left(folder, reference, may_be_empty=False):
+def check_left(folder, reference):
     """After a fault: every checkpoint there is whole, so is every resume point, and every line of the CSV is right."""
     wanted = results(reference)
     for name, content in results(folder).items():
