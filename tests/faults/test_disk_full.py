@@ -26,7 +26,7 @@ PLACES = {  # the fault, and what the sentence names
     "tokenizer of a checkpoint": ({"full": "chunk .*/step0004.*tokenizer"}, "run ö_step0004 cannot be written"),
     "manifest of a checkpoint": ({"full": "chunk .*/step0004.*manifest"}, "run ö_step0004 cannot be written"),
     "files of 20 kB": ({"bytes": 20_000}, "resume_step0001 cannot be written"),
-    "files of 75 kB": ({"bytes": 75_000}, "run ö_step0003 cannot be written"),
+    "files of 120 kB": ({"bytes": 120_000}, "resume_step0001 cannot be written"),
 }
 SAMPLE = ("tensors of a resume point", "shard of rank 1", "manifest of a checkpoint", "files of 20 kB", "constants")
 
