@@ -73,5 +73,6 @@ def test_links_files_and_knobs_exist():
     anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}  # as GitHub names them
     for anchor in re.findall(r"\]\(#([^)]*)\)", README):
         assert anchor in anchors, anchor
+    assert not re.findall(r"^[A-Z]+$|\| [A-Z]{4,} \|", README, re.MULTILINE), "a place that is still to be filled"
     named = set(re.findall(r"--([A-Z][A-Z_0-9]+)=", README)) | set(re.findall(r"`([A-Z][A-Z0-9]*_[A-Z_0-9]+)`", README))
     assert named - vars(train_blockwise).keys() - {"PYTHONPATH", "NAME"} == set()
