@@ -15,6 +15,7 @@ from pathlib import Path
 from cli import InputError
 
 MANIFEST = "manifest.json"
+PIECE = 2**24  # bytes that are written and read back at a time
 
 
 @contextmanager
@@ -41,18 +42,27 @@ def sha256(path):
 
 
 def write(path, chunks):
-    """Writes a new file from chunks of bytes. Once it is on the disk, returns what a manifest says of it."""
-    digest = hashlib.sha256()
-    with open(path, "xb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
-        file.flush()
+    """Writes a new file from chunks of bytes, and reads each back. Returns what a manifest says of it."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "x+b") as file:
+        for piece in pieces(chunks):
+            file.write(piece)
+            file.flush()
+            if os.pread(file.fileno(), len(piece), size) != piece:
+                raise OSError(errno.EIO, "reading it gives other bytes than were written")
+            digest.update(piece)
+            size += len(piece)
         os.fsync(file.fileno())
-        size = file.tell()
-    if sha256(path) != digest.hexdigest():
-        raise OSError(errno.EIO, "reading it gives other bytes than were written")
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def pieces(chunks):
+    """Yields the bytes of bytes-like chunks, at most PIECE at a time, as one call of the system takes at most 2 GB."""
+    for chunk in chunks:
+        data = memoryview(chunk)
+        data = data.cast("B") if data.nbytes else b""
+        for start in range(0, len(data), PIECE):
+            yield bytes(data[start : start + PIECE])
 
 
 def replace(path, content):
