@@ -193,8 +193,9 @@ def prepare(folder, wanted):
     if not path.exists():
         with files.writing(f"--output {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
-            files.replace(path, json.dumps(wanted, indent=2) + "\n")
-        return
+            files.lock(folder)
+            if not path.exists():  # another run may have had the lock until now
+                files.replace(path, json.dumps(wanted, indent=2) + "\n")
     try:
         there = json.loads(path.read_text())
         different = [key for key in wanted if there.get(key) != wanted[key]]
@@ -232,14 +233,18 @@ def read_answers(folder):
 
 
 def collect(folder, batches):
-    """Brings the lines of all ranks together in answers.jsonl, in the order of the problems; half batches go."""
+    """Brings the lines of all ranks together in answers.jsonl, in the order of the problems; half batches go.
+
+    Locks the folder if there is something to do; the results of a finished run may lie where nothing can be written.
+    """
+    path = folder / "answers.jsonl"
+    if list(folder.glob("answers*.jsonl")) == [path] and len(read_answers(folder)) == sum(map(len, batches)):
+        return
+    files.lock(folder)
     answers = read_answers(folder)
     whole = sorted(i for batch in batches if answers.keys() >= set(batch) for i in batch)
-    path, text = folder / "answers.jsonl", "".join(json.dumps(answers[i], ensure_ascii=False) + "\n" for i in whole)
-    if list(folder.glob("answers*.jsonl")) == [path] and path.read_bytes() == text.encode():
-        return  # the results of a finished run may lie where nothing can be written
     with files.writing(f"--output {folder}"):
-        files.replace(path, text)
+        files.replace(path, "".join(json.dumps(answers[i], ensure_ascii=False) + "\n" for i in whole))
         for file in folder.glob("answers.rank*.jsonl"):
             file.unlink()
 

@@ -16,6 +16,7 @@ from cli import InputError
 
 MANIFEST = "manifest.json"
 PIECE = 2**24  # bytes that are written and read back at a time
+locks = {}  # {folder: its open lock file}: to close one would unlock the folder
 
 
 @contextmanager
@@ -89,18 +90,23 @@ def append(path, text):
             raise
 
 
-def lock(folder, kind=fcntl.LOCK_EX):
-    """Locks a folder until the returned file is closed or the process has ended. Raises InputError if it is locked.
+def lock(folder, first=0, parts=0):
+    """Locks parts of a folder, from number `first` on (0 parts: all from there), until this process has ended.
 
-    Processes that inherit the file hold the lock, too.
+    Raises InputError if another process holds one of them.
     """
     with writing(folder):
-        file = open(folder / "lock", "a+")  # noqa: SIM115  (open as long as the process; NFS wants it readable)
+        if folder not in locks:
+            locks[folder] = open(folder / "lock", "a")  # noqa: SIM115
         try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            fcntl.lockf(locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB, parts, first)
         except BlockingIOError:
             raise InputError(f"another run, or a process that it has left, works in {folder}.") from None
-    return file
+
+
+def unlock(folder, first):
+    """Leaves the parts of a folder from number `first` on to other processes."""
+    fcntl.lockf(locks[folder], fcntl.LOCK_UN, 0, first)
 
 
 # ---------------------------------------------------------------- folders with a manifest

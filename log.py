@@ -1,7 +1,6 @@
 """The folder of a run, {CKPT_DIR}_logs: which one it is, whether it may be continued, and a line per optimizer step."""
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
@@ -49,10 +48,6 @@ class Log:
         self.place, self.steps, self.began = place, steps, time.perf_counter()
         self.folder, self.suffix, self.resumed = place.on_first_rank(lambda: self.open(knobs, base, engine_config))
         self.last_checkpoint = checkpoint_folder(knobs.CKPT_DIR, steps, self.suffix)
-        if place.rank == 0:
-            with files.writing(self.folder):
-                fcntl.flock(self.lock, fcntl.LOCK_SH)  # now every rank holds it: no run starts beside one that is left
-        place.on_first_rank(lambda: None)
         place.on_all_ranks(self.hold)
 
     def open(self, knobs, base, engine_config):
@@ -61,7 +56,7 @@ class Log:
         if knobs.RESUME and not found:
             say(self.place, "resume", f"there is no run of {knobs.CKPT_DIR} yet: this one is new")
         folder, suffix = found or make_log_folder(knobs.CKPT_DIR)
-        self.lock = files.lock(folder)
+        files.lock(folder)
         constants, path = vars(knobs) | {"derived": derived(knobs, self.place, self.steps, base)}, folder / CONSTANTS
         if path.exists():
             check_same(path, constants, self.place)
@@ -72,13 +67,17 @@ class Log:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             if not path.exists():
                 files.replace(path, json.dumps(constants, indent=2) + "\n")
+        files.unlock(folder, first=1)
         return folder, suffix, bool(found)
 
     def hold(self):
-        """Shares the lock. Raises InputError on a machine that does not see the folder."""
+        """Each rank locks its part of the folder, so that no run begins there beside a rank that is left.
+
+        Raises InputError on a machine that does not see the folder.
+        """
         try:
             if self.place.rank:
-                self.lock = files.lock(self.folder, fcntl.LOCK_SH)
+                files.lock(self.folder, first=self.place.rank, parts=1)
         except InputError as error:
             more = f"With several machines, CKPT_DIR must be in a folder that all share (rank {self.place.rank})."
             raise InputError(f"{error} {more}") from None

@@ -15,15 +15,18 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
 import deepspeed.comm as dist
 import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm import tqdm
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -36,7 +39,7 @@ import resume
 from cli import STOPPED, InputError
 from log import Log, checkpoint_folder, say
 from place import Place
-from rows import derive_seed, make_rows, read_pt, schedule
+from rows import Rows, derive_seed, make_rows, read_pt, schedule
 from settings import Settings
 from watch import Watch
 
@@ -56,6 +59,39 @@ def train(knobs, turns, hide):
     """
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
         raise InputError(f"start this script with the launcher: deepspeed --num_gpus N {sys.argv[0]}")
+    run = start(knobs, turns, hide)
+    place, log = run.place, run.log
+    done, bad_steps = resume.load(run.engine, place, log)
+    with resume.hint(log), Watch(place) as watch:
+        step, bad_steps, stopped = loop(run, watch, done, bad_steps)
+    if bad_steps >= knobs.MAX_BAD_STEPS:  # to go on would meet the same steps
+        raise InputError(f"{bad_steps} bad steps in a row, see {log.folder}/bad_steps.jsonl. Try a new run, lower LR.")
+    dist.destroy_process_group()
+    if stopped:
+        say(place, "stopped", f"as asked, after step {step}; the same command with --RESUME=True goes on")
+        sys.exit(STOPPED)
+    log.close()
+
+
+@dataclass
+class Run:
+    """What all steps of a training share."""
+
+    knobs: SimpleNamespace  # the script's constants
+    place: Place
+    base: Path  # folder of the base model
+    rows: Rows  # the data, on the rank's device
+    plan: torch.Tensor  # (P, 2): row and turn of each draw, see rows.schedule
+    hide: Callable  # see train
+    steps: int  # optimizer steps
+    log: Log
+    model: PeftModel
+    engine: deepspeed.DeepSpeedEngine
+    samples: "Samples | None"
+
+
+def start(knobs, turns, hide):
+    """Checks all that the user gives, then loads model and engine. Returns the Run. Raises InputError."""
     place = Place.from_environment()
     base, rows, samples = check_input(knobs)
     plan = schedule(turns(rows.length - rows.prompt_len), knobs.EPOCHS, knobs.SEED)  # (P, 2)
@@ -65,51 +101,50 @@ def train(knobs, turns, hide):
     model = lora_model(base, knobs, place)
     engine = start_engine(model, knobs, steps)
     rows, plan = rows.to(place.device), plan.to(place.device)
-    done, bad_steps = resume.load(engine, place, log)
-    stopped = False
-
-    with resume.hint(log), Watch(place) as watch:
-        if done and is_due(done, knobs.SAVE_EVERY, steps):  # the run may have ended between resume point and checkpoint
-            save_checkpoint(model, base, knobs, place, log, rows, done)
-        bar = tqdm(range(done + 1, steps + 1), "training", steps, initial=done, unit="step", disable=place.rank != 0)
-        for step in bar:
-            began, lr = time.perf_counter(), engine.get_lr()[0]
-            with watch.step():
-                result = train_step(engine, knobs, place, rows, plan, hide, step, asked=lambda: watch.stop)
-            log.row(step, lr, result, global_batch(knobs, place) * knobs.MAX_LEN / (time.perf_counter() - began))
-            bar.set_postfix(loss=f"{result.loss:.3f}")
-            bad_steps = bad_steps + 1 if result.bad_rows else 0
-            if bad_steps >= knobs.MAX_BAD_STEPS:
-                break
-            if samples and step % knobs.SAMPLE_EVERY == 0:
-                samples.write(model, log, step)
-            save = is_due(step, knobs.SAVE_EVERY, steps)
-            if save or result.stop or is_due(step, knobs.RESUME_EVERY, steps):
-                resume.save(engine, place, log, step, bad_steps)
-            stopped = result.stop
-            if stopped:
-                break
-            if save:
-                save_checkpoint(model, base, knobs, place, log, rows, step)
-        if not stopped and bad_steps < knobs.MAX_BAD_STEPS:
-            place.on_first_rank(lambda: resume.remove(resume.points(log.folder)))
-    if bad_steps >= knobs.MAX_BAD_STEPS:  # to go on would meet the same steps
-        raise InputError(f"{bad_steps} bad steps in a row, see {log.folder}/bad_steps.jsonl. Try a new run, lower LR.")
-    log.close()
-    dist.destroy_process_group()
-    if stopped:
-        say(place, "stopped", f"as asked, after step {step}; the same command with --RESUME=True goes on")
-        sys.exit(STOPPED)
+    return Run(knobs, place, base, rows, plan, hide, steps, log, model, engine, samples)
 
 
 def check_input(knobs):
-    """Checks all that the user gives. Returns the base's folder, the Rows, and the Samples to be written or None."""
+    """Checks what the user gives. Returns the base's folder, the Rows, and the Samples to be written or None."""
     check_targets(knobs.TARGET_MODS)
     data = read_pt(knobs.PT_FILE)  # before the base, which may be a large download
     base = llada.local_folder(knobs.MODEL)
     config = check_model(base, knobs)
     rows = make_rows(data, knobs, config)
     return base, rows, Samples(base, config, rows, knobs) if knobs.SAMPLE_EVERY else None
+
+
+def loop(run, watch, done, bad_steps):
+    """Trains after step `done`, to the end or until it is asked to stop or has met MAX_BAD_STEPS in a row.
+
+    Returns the last step, how many bad steps in a row it ends with, and whether it was asked to stop.
+    """
+    knobs, place, log, step = run.knobs, run.place, run.log, done
+    tokens, stopped = global_batch(knobs, place) * knobs.MAX_LEN, False
+    if done and is_due(done, knobs.SAVE_EVERY, run.steps):  # it may have ended between resume point and checkpoint
+        save_checkpoint(run, done)
+    bar = tqdm(range(done + 1, run.steps + 1), "training", run.steps, initial=done, unit="step", disable=place.rank > 0)
+    for step in bar:
+        began, lr = time.perf_counter(), run.engine.get_lr()[0]
+        with watch.step():
+            result = train_step(run, step, lambda: watch.stop)
+        log.row(step, lr, result, tokens / (time.perf_counter() - began))
+        bar.set_postfix(loss=f"{result.loss:.3f}")
+        bad_steps, stopped = bad_steps + 1 if result.bad_rows else 0, result.stop
+        if bad_steps >= knobs.MAX_BAD_STEPS:
+            break
+        if run.samples and step % knobs.SAMPLE_EVERY == 0:
+            run.samples.write(run.model, log, step)
+        save = is_due(step, knobs.SAVE_EVERY, run.steps)
+        if save or stopped or is_due(step, knobs.RESUME_EVERY, run.steps):
+            resume.save(run.engine, place, log, step, bad_steps)
+        if stopped:  # a checkpoint of this step is made when the run goes on
+            break
+        if save:
+            save_checkpoint(run, step)
+    else:  # the run is finished
+        place.on_first_rank(lambda: resume.remove(resume.points(log.folder)))
+    return step, bad_steps, stopped
 
 
 @dataclass
@@ -123,12 +158,13 @@ class Step:
     stop: bool  # some rank has been asked to stop
 
 
-def train_step(engine, knobs, place, rows, plan, hide, step, asked=lambda: False):
+def train_step(run, step, asked=lambda: False):
     """One optimizer step over global batch number `step`, from 1. asked(): whether this rank is to stop. See Step."""
+    knobs, place, rows, engine = run.knobs, run.place, run.rows, run.engine
     size = global_batch(knobs, place)
-    sample, turn = plan[(step - 1) * size : step * size].T  # (G,), (G,)
+    sample, turn = run.plan[(step - 1) * size : step * size].T  # (G,), (G,)
     generator = torch.Generator(place.device).manual_seed(derive_seed(knobs.SEED, "masks", step))
-    hidden, weights = hide(rows.prompt_len[sample], rows.length[sample], turn, generator=generator)  # (G, L), (G, L)
+    hidden, weights = run.hide(rows.prompt_len[sample], rows.length[sample], turn, generator=generator)  # both (G, L)
     scored = weights > 0  # (G, L)
     torch.manual_seed(derive_seed(knobs.SEED, "dropout", step, place.rank))
     losses = []
@@ -145,13 +181,16 @@ def train_step(engine, knobs, place, rows, plan, hide, step, asked=lambda: False
         engine.step()  # changes the weights at the last micro-batch only
     losses, stop = share(losses, bool(asked()))  # (ranks, GRAD_ACC)
     supervised = int(scored.sum())
-    bad_rows = []
-    if not engine.was_step_applied():
-        bad = ~losses.isfinite().T.flatten()  # (micro-batches of the global batch,), in its order
-        bad = (bad | ~bad.any()).repeat_interleave(knobs.MICRO_BSIZE)  # (G,): all of them if only the gradient is bad
-        bad_rows = rows.number[sample[bad]].tolist()
+    bad_rows = [] if engine.was_step_applied() else suspects(losses, sample, rows, knobs)
     loss = losses.sum().item() if supervised else math.nan
     return Step(loss, float(engine.get_global_grad_norm()), supervised, bad_rows, stop)
+
+
+def suspects(losses, sample, rows, knobs):
+    """Rows of the micro-batches whose loss is no number; all of the global batch if it is only the gradient."""
+    bad = ~losses.isfinite().T.flatten()  # (micro-batches of the global batch,), in its order
+    bad = (bad | ~bad.any()).repeat_interleave(knobs.MICRO_BSIZE)  # (G,)
+    return rows.number[sample[bad]].tolist()
 
 
 def share(losses, stop):
@@ -311,20 +350,21 @@ def lr_factor(done, steps, warmup_ratio, min_ratio):
 # ---------------------------------------------------------------- checkpoints and samples
 
 
-def save_checkpoint(model, base, knobs, place, log, rows, step):
+def save_checkpoint(run, step):
     """Writes {CKPT_DIR}_stepXXXX, the base with the adapters merged in; it has that name only once it is complete."""
-    began, folder = time.perf_counter(), checkpoint_folder(knobs.CKPT_DIR, step, log.suffix)
+    place, log, base = run.place, run.log, run.base
+    began, folder = time.perf_counter(), checkpoint_folder(run.knobs.CKPT_DIR, step, log.suffix)
 
     def write_files(unfinished):  # all ranks share the work
-        written = merge.merge_weights(base, unfinished, merge.lora_factors(model), place.rank, place.world)
+        written = merge.merge_weights(base, unfinished, merge.lora_factors(run.model), place.rank, place.world)
         return written | (merge.copy_side_files(base, unfinished) if place.rank == 0 else {})
 
     if log.resumed and place.on_first_rank(folder.exists):
-        return  # the run had come so far before it was interrupted, and all its steps are exact
+        return  # the run had come so far before it was interrupted
     files.publish(place, log.folder / f"step{step:04d}.unfinished", folder, write_files, content={})
     if place.rank == 0:
         say(place, "checkpoint", f"{folder}/ in {time.perf_counter() - began:.1f} s")
-        say(place, "", gap_on_first_rows(model, base, folder, rows, knobs.MASK_ID))
+        say(place, "", gap_on_first_rows(run, folder))
     place.on_first_rank(lambda: None)
 
 
@@ -361,12 +401,13 @@ class Samples:
         return "".join(lines)
 
 
-def gap_on_first_rows(model, base, folder, rows, mask_id):
+def gap_on_first_rows(run, folder):
     """merge.logit_gap on the first rows, seen as decoding first sees them: all of the answer hidden."""
+    rows, model = run.rows, run.model
     ids, prompt_len, length = rows.ids[:SAMPLES].long(), rows.prompt_len[:SAMPLES], rows.length[:SAMPLES]
     whole = ids.shape[1]  # as the block size: one block, the answer
     _, answer, _ = masking.regions(prompt_len, length, torch.zeros_like(length), whole, whole)  # (B, L)
     model.eval()
-    sentence = merge.logit_gap(model, base, folder, ids.masked_fill(answer, mask_id), answer)
+    sentence = merge.logit_gap(model, run.base, folder, ids.masked_fill(answer, run.knobs.MASK_ID), answer)
     model.train()
     return sentence

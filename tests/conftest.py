@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,6 +113,18 @@ def run(script, *args, cwd=ROOT, env=None):
     """Runs a script of the repository with this Python. Returns the finished process, with its output as text."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]
     return subprocess.run(command, cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True, timeout=300)
+
+
+@contextmanager
+def locked(folder, first=0, parts=0):
+    """Another process holds these parts of a folder; see files.lock."""
+    code = f"import sys, files; files.lock(files.Path(sys.argv[1]), {first}, {parts}); print(1, flush=True); input()"
+    command = [sys.executable, "-c", code, folder]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        if not process.stdout.readline():
+            raise subprocess.CalledProcessError(process.wait(), command)
+        yield
+        process.kill()
 
 
 def arguments(script, knobs):

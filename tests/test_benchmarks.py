@@ -11,7 +11,10 @@ from conftest import problems
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import sft
 from benchmarks import bench_data, bench_decode, bench_growth, bench_merge, bench_train, common, memory, scale
+from place import Place
+from rows import Rows
 
 CPU = torch.device("cpu")
 TINY = {"vocab_size": 300, "d_model": 64, "n_layers": 2, "llada_8b": False}
@@ -52,6 +55,50 @@ def test_every_variant_of_a_step_has_the_plain_loss_and_gradients(name, seed):
     assert largest > 1e-3 and wanted.keys() == gradients.keys()
     for key in wanted:
         torch.testing.assert_close(gradients[key], wanted[key], rtol=1e-4, atol=1e-5 * float(largest))
+
+
+class Engine:
+    """What train_step needs of DeepSpeed's engine, without changing a weight."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, **inputs):
+        return self.model(**inputs)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        pass
+
+    def was_step_applied(self):
+        return True
+
+    def get_global_grad_norm(self):
+        return 0.0
+
+
+def test_the_step_that_is_measured_is_that_of_the_trainers(monkeypatch):
+    made = trainer(0)
+    wanted_loss, wanted = loss_and_gradients(made, bench_train.Step())
+    made.optimizer.zero_grad()
+    ids, prompt_len, length = made.on_device
+    turn, _ = made.draws(prompt_len, length)
+
+    def hide(prompt_len, length, turn, generator):
+        hidden, scored = made.masks("tensor", prompt_len, length)
+        return hidden, bench_train.masking.sample_mean_weights(scored)
+
+    run = argparse.Namespace(
+        engine=Engine(made.model), place=Place(0, 1, 0, 1, CPU), hide=hide,
+        knobs=argparse.Namespace(MICRO_BSIZE=3, GRAD_ACC=1, SEED=0, MASK_ID=bench_train.MASK),
+        rows=Rows(ids, prompt_len, length, torch.arange(len(ids)), 0), plan=torch.stack([torch.arange(3), turn[:3]], 1),
+    )  # fmt: skip
+    monkeypatch.setattr(sft, "share", lambda losses, stop: (torch.stack(losses)[None], stop))  # there is no other rank
+    assert sft.train_step(run, 1).loss == wanted_loss.item()
+    for name, weight in made.model.named_parameters():
+        assert not weight.requires_grad or torch.equal(weight.grad, wanted[name])
 
 
 def test_operations_of_llada_8b_are_the_known_ones():

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, launch, problems, run
+from conftest import ROOT, launch, locked, problems, run
 
 import decode
 import llada
@@ -249,3 +249,15 @@ def test_a_full_disk_ends_with_a_sentence_and_keeps_what_is_there(base, data, tm
     assert code == 1 and "cannot be written: No space left on device. What is there is kept." in err
     assert (tmp_path / f"{base.name}-gsm8k/answers.rank0.jsonl").read_text().count("\n") >= 8
     assert call(*flags)[0] == 0 and len(answers(tmp_path / f"{base.name}-gsm8k")) == 22
+
+
+def test_two_evaluations_do_not_write_to_one_folder(whole, base, data, tmp_path, call):
+    flags = ("--model", base, "--data", data, "--output", tmp_path, *SHORT)
+    folder = shutil.copytree(whole[0], tmp_path / f"{base.name}-gsm8k")
+    lines = (folder / "answers.jsonl").read_text().splitlines(keepends=True)
+    (folder / "answers.jsonl").write_text("".join(lines[:8]))
+    with locked(folder):
+        code, _, err = call(*flags)
+        assert code == 1 and f"another run, or a process that it has left, works in {folder}" in err
+        assert (folder / "answers.jsonl").read_text() == "".join(lines[:8])
+    assert call(*flags)[0] == 0 and answers(folder) == answers(whole[0])

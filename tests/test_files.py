@@ -4,8 +4,10 @@ import errno
 import os
 import resource
 import signal
+import subprocess
 
 import pytest
+from conftest import locked
 
 import files
 from cli import InputError
@@ -69,12 +71,16 @@ def test_a_manifest_notices_every_change_of_itself_and_of_files(tmp_path):
             files.check(tmp_path, "data", manifest)
 
 
-def test_a_lock_is_shared_only_if_asked(tmp_path):
-    first = files.lock(tmp_path)
-    with pytest.raises(InputError, match="another run, or a process that it has left, works in"):
-        files.lock(tmp_path)
-    first.close()
-    shared = [files.lock(tmp_path, files.fcntl.LOCK_SH) for _ in range(2)]
-    with pytest.raises(InputError):
-        files.lock(tmp_path)
-    assert len(shared) == 2
+def test_a_lock_keeps_other_processes_out_part_by_part(tmp_path):
+    with locked(tmp_path):
+        for parts in (0, 1):
+            with pytest.raises(InputError, match="another run, or a process that it has left, works in"):
+                files.lock(tmp_path, 0, parts)
+    files.lock(tmp_path)  # as that process has ended
+    files.unlock(tmp_path, 2)
+    with locked(tmp_path, first=2, parts=1):  # another rank
+        files.lock(tmp_path, first=3, parts=1)
+        with pytest.raises(InputError):
+            files.lock(tmp_path)
+    with pytest.raises(subprocess.CalledProcessError), locked(tmp_path, first=1):
+        pass

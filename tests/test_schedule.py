@@ -220,7 +220,8 @@ def step_of_all_ranks(world, acc, step):
     for rank in range(world):
         place = Place(rank, world, rank, world, torch.device("cpu"))
         engine = PlainEngine(acc)
-        part = sft.train_step(engine, knobs, place, data, plan, hide, step)
+        run = SimpleNamespace(engine=engine, knobs=knobs, place=place, rows=data, plan=plan, hide=hide)
+        part = sft.train_step(run, step)
         engines.append(engine)
         loss, gradient = loss + part.loss, gradient + engine.gradients() / world
     expected_rows = plan[(step - 1) * BATCH : step * BATCH, 0].tolist()

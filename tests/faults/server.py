@@ -93,17 +93,17 @@ def start(request, rank, port):
 class Faults:
     """Counts the events of a rank, and lets it be killed, or fail to write, at one of them.
 
-    faults: "folder": events are changes of files below it, flushes, and optimizer steps; "rank": whose events, the
-    others have no faults; "trace": file that gets a line `number kind path` for each; "kill": number of the event
-    before which the rank is killed; "full": pattern of the line of the event from which on nothing can be written;
-    "bytes": no file can become larger; "at_step": [step, signal that the rank gets when it begins];
+    Events are changes of files below a folder, flushes, and optimizer steps; each has a line, `number kind path` or
+    `number kind step`. faults: "folder": that folder; "rank": whose events, the others have no faults; "trace": file
+    that gets the lines; "at": [pattern, number of a signal], which the rank gets before the first event whose line it
+    matches; "full": pattern of the event from which on nothing can be written; "bytes": no file can become larger;
     "elsewhere": folder that the rank works in, as on a machine that does not share the run's.
     """
 
     def __init__(self, faults, rank):
         if not faults or rank != faults.get("rank", 0):
             return
-        self.faults, self.count, self.steps, self.full = faults, 0, 0, False
+        self.faults, self.count, self.sent, self.full = faults, 0, False, False
         self.fsync, self.write, self.step = os.fsync, files.write, sft.train_step
         self.trace = open(faults["trace"], "a") if "trace" in faults else None  # noqa: SIM115
         sys.addaudithook(self.audit)
@@ -113,13 +113,15 @@ class Faults:
         if "bytes" in faults:
             resource.setrlimit(resource.RLIMIT_FSIZE, (faults["bytes"], resource.RLIM_INFINITY))
 
-    def event(self, kind, path=""):
+    def event(self, kind, what):
         self.count += 1
+        line = f"{self.count} {kind} {what}"
         if self.trace:
-            os.write(self.trace.fileno(), f"{self.count} {kind} {path}\n".encode())
-        if self.count == self.faults.get("kill"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.full = self.full or ("full" in self.faults and re.search(self.faults["full"], f"{kind} {path}"))
+            os.write(self.trace.fileno(), f"{line}\n".encode())
+        if "at" in self.faults and not self.sent and re.search(self.faults["at"][0], line):
+            self.sent = True
+            os.kill(os.getpid(), self.faults["at"][1])
+        self.full = self.full or ("full" in self.faults and re.search(self.faults["full"], line))
         if self.full and kind in ("open", "os.mkdir", "fsync", "chunk"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -143,13 +145,10 @@ class Faults:
 
         return self.write(path, counted())
 
-    def counted_step(self, *args, **more):
-        self.event("step")
-        self.steps += 1
-        if self.steps == self.faults.get("at_step", [0])[0]:
-            os.kill(os.getpid(), self.faults["at_step"][1])
-        result = self.step(*args, **more)
-        self.event("stepped")
+    def counted_step(self, run, step, *more):
+        self.event("step", step)
+        result = self.step(run, step, *more)
+        self.event("stepped", step)
         return result
 
 

@@ -89,7 +89,7 @@ def test_the_other_scripts_do_not_run_it_either(tmp_path, model, dataset_folder,
 
 def test_a_resume_point_that_is_code(forked, tmp_path, mark, record_property):
     record_property("fault", "hostile files")
-    assert forked(tmp_path / "run", faults={"at_step": [2, signal.SIGUSR1]}).codes == [75]
+    assert forked(tmp_path / "run", faults={"at": ["step 2$", signal.SIGUSR1]}).codes == [75]
     for point in (tmp_path / "run/out").glob("*/resume_step*"):
         torch.save(Attack(mark), point / "rank0.safetensors")
         torch.save(Attack(mark), point / "optimizer.pt")

@@ -6,8 +6,11 @@ see Faults in server.py. `--full` tries far more of these events.
 
 import signal
 
+import pytest
 from outcome import check_finished, check_left
 
+# where a run is that is asked to stop, and its exit code then
+ASKED = {"stepped 2": 75, "chunk .*resume_step0002.*/rank0": 75, "chunk .*/step0003.*model": 75, "/step0004": 0}
 SETUPS = {"1 rank": {"ranks": 1}, "2 ranks": {"ranks": 2, "BF16": True, "MICRO_BSIZE": 1}}
 
 
@@ -35,9 +38,10 @@ def test_killed_and_resumed(forked, uninterrupted, tmp_path, record_property, se
     event = events[int(point * len(events))]
     record_property("fault", f"kill points: {setup}, {phase(event)}")
     run = tmp_path / "run"
-    faults = {"kill": int(event.split()[0]), "together": bool(together)}
+    number, rank = int(event.split()[0]), 0
     if setup == "2 ranks" and int(point * 100) % 4 == 0:
-        faults |= {"rank": 1, "kill": faults["kill"] // 3}  # the other rank has fewer events
+        number, rank = number // 3, 1  # the other rank has fewer events
+    faults = {"at": [f"^{number} ", signal.SIGKILL], "rank": rank, "together": bool(together)}
     killed = forked(run, **SETUPS[setup], faults=faults)
     assert -signal.SIGKILL in killed.codes, killed.output
     assert killed.seconds < 60 and (together or None not in killed.codes), "the other rank must end by itself"
@@ -45,3 +49,17 @@ def test_killed_and_resumed(forked, uninterrupted, tmp_path, record_property, se
     resumed = forked(run, **SETUPS[setup], RESUME=True)
     assert not any(resumed.codes), resumed.output
     check_finished(run / "out", reference / "out")
+
+
+@pytest.mark.parametrize("place, number", zip(ASKED, [signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT]))
+def test_asked_to_stop_and_resumed(forked, uninterrupted, tmp_path, record_property, place, number):
+    """In a step, and while it saves: it finishes that, and at most one step more; see test_launcher.py for the rest."""
+    record_property("fault", "stops at a chosen moment")
+    reference = uninterrupted(**SETUPS["1 rank"])
+    stopped = forked(tmp_path / "run", faults={"at": [place, number]})
+    assert stopped.codes == [ASKED[place]] and "Traceback" not in stopped.output, stopped.output
+    check_left(tmp_path / "run/out", reference / "out")
+    if stopped.codes == [75]:
+        assert not list((tmp_path / "run").rglob("*unfinished*"))
+        assert forked(tmp_path / "run", RESUME=True).codes == [0]
+    check_finished(tmp_path / "run/out", reference / "out")

@@ -65,7 +65,7 @@ def test_a_bad_row_is_named_and_its_step_not_taken(forked, broken, tmp_path, rec
     after = {name: tensor for file in checkpoint.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert all(after[name].isfinite().all() for name, tensor in before if tensor.isfinite().all())
 
-    stop = {"at_step": [bad["step"], signal.SIGUSR1]}  # with a resume point before the bad step, and one after it
+    stop = {"at": [f"step {bad['step']}$", signal.SIGUSR1]}  # with a resume point before the bad step, and one after it
     assert set(forked(tmp_path / "stopped", ranks, **knobs, faults=stop).codes) == {75}
     points = [tmp_path / f"stopped/out/run ö_logs/resume_step{bad['step'] - i:04d}" for i in (1, 0)]
     for rank in range(ranks):
@@ -102,6 +102,6 @@ def test_a_gradient_that_is_no_number_is_enough(forked, tmp_path, record_propert
 def test_bad_steps_that_a_stop_lies_between_are_still_in_a_row(forked, broken, tmp_path, record_property):
     record_property("fault", "losses and gradients that are no numbers")
     knobs = broken(math.nan, range(53)) | {"MAX_BAD_STEPS": 3}
-    assert forked(tmp_path / "run", **knobs, faults={"at_step": [2, signal.SIGUSR1]}).codes == [75]
+    assert forked(tmp_path / "run", **knobs, faults={"at": ["step 2$", signal.SIGUSR1]}).codes == [75]
     done = forked(tmp_path / "run", **knobs, RESUME=True)
     assert done.codes == [1] and [bad["step"] for bad in bad_steps(tmp_path / "run")] == [1, 2, 3]

@@ -22,7 +22,7 @@ from cli import InputError
 def stopped(forked, tmp_path_factory):
     """A run that was stopped after its second step."""
     folder = tmp_path_factory.mktemp("stopped")
-    done = forked(folder, faults={"at_step": [2, signal.SIGTERM]})
+    done = forked(folder, faults={"at": ["step 2$", signal.SIGTERM]})
     assert done.codes == [75], done.output
     return folder
 
@@ -116,13 +116,13 @@ def test_a_finished_run_is_not_begun_again(forked, reference, tmp_path, record_p
     assert snapshot(tmp_path / "run") == before
 
 
-def test_a_run_that_is_alive_is_not_continued(forked, stopped, tmp_path, record_property):
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_run_of_which_a_rank_is_alive_is_not_continued(forked, stopped, tmp_path, record_property, first):
     record_property("fault", "resumes refused")
     shutil.copytree(stopped, tmp_path / "run")
     before = snapshot(tmp_path / "run/out")
-    lock = files.lock(tmp_path / "run/out/run ö_logs")
+    files.lock(tmp_path / "run/out/run ö_logs", first, parts=1)
     done = forked(tmp_path / "run", RESUME=True)
-    lock.close()
     assert done.codes == [1] and "another run, or a process that it has left, works in out/run ö_logs" in done.output
     assert snapshot(tmp_path / "run/out") == before
 
@@ -145,7 +145,7 @@ def test_without_a_run_a_new_one_starts(forked, reference, tmp_path):
 
 
 def test_a_run_without_a_resume_point_begins_again_in_its_folder(forked, reference, tmp_path):
-    killed = forked(tmp_path / "run", faults={"at_step": [2, signal.SIGKILL]}, RESUME_EVERY=0)
+    killed = forked(tmp_path / "run", faults={"at": ["step 2$", signal.SIGKILL]}, RESUME_EVERY=0)
     assert killed.codes == [-signal.SIGKILL] and (tmp_path / "run/out/run ö_logs/train_loss.csv").stat().st_size
     done = forked(tmp_path / "run", RESUME=True)
     assert done.codes == [0] and "has no resume point yet: it begins at step 1" in done.output
@@ -154,7 +154,7 @@ def test_a_run_without_a_resume_point_begins_again_in_its_folder(forked, referen
 
 def test_a_torn_line_and_a_missing_checkpoint_come_back(forked, reference, tmp_path):
     """Stopped at a step of SAVE_EVERY: its checkpoint is made by the resumed run. The CSV ends in half a line."""
-    stopped = forked(tmp_path / "run", faults={"at_step": [3, signal.SIGUSR1]})
+    stopped = forked(tmp_path / "run", faults={"at": ["step 3$", signal.SIGUSR1]})
     assert stopped.codes == [75] and not list((tmp_path / "run/out").glob("*_step0003"))
     with open(tmp_path / "run/out/run ö_logs/train_loss.csv", "a") as file:
         file.write("4,5.9")
@@ -167,7 +167,7 @@ def test_killed_while_removing_its_last_resume_point(forked, reference, tmp_path
     record_property("fault", "kill points: after the last checkpoint")
     shutil.copytree(reference / "out", tmp_path / "run/out")
     (tmp_path / "run/out/run ö_logs/resume_step0004.unfinished").mkdir()
-    done = forked(tmp_path / "run", RESUME=True, faults={"kill": 10**6, "trace": str(tmp_path / "trace")})
+    done = forked(tmp_path / "run", RESUME=True, faults={"trace": str(tmp_path / "trace")})
     assert done.codes == [0] and " step " not in (tmp_path / "trace").read_text()
     check_finished(tmp_path / "run/out", reference / "out")
 

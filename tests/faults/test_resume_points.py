@@ -15,7 +15,7 @@ RANKS = 2  # and both have files that can be damaged
 def stopped(forked, tmp_path_factory):
     """A run that was stopped after its third step: with resume points 2 and 3, and no checkpoint yet."""
     folder = tmp_path_factory.mktemp("stopped")
-    done = forked(folder, RANKS, faults={"at_step": [3, signal.SIGUSR1]})
+    done = forked(folder, RANKS, faults={"at": ["step 3$", signal.SIGUSR1]})
     assert done.codes == [75, 75], done.output
     assert {path.name for path in (folder / "out").glob("*/resume_*")} == {"resume_step0002", "resume_step0003"}
     return folder
