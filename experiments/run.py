@@ -120,18 +120,18 @@ def main():
         done = start_results(results)
     except OSError as error:
         raise InputError(f"--work {work} or --results {results} cannot be written: {error}") from error
-    lock = files.lock(work)  # trainings inherit it: also one that outlives this process keeps others away
-    rows_file = prepare(work, rows, lock)
+    files.lock(work)
+    rows_file = prepare(work, rows)
     todo = [(claim, setting, seed) for seed in range(args.seeds) for claim in args.claims for setting in CLAIMS[claim]]
     for claim, setting, seed in tqdm(todo, desc="runs", unit="run"):
         once = not setting.script and seed  # there are no seeds in the base
         if not once and (claim, setting.name, str(seed)) not in done:
-            folder, training = train(setting, seed, rows_file, work, lock)
+            folder, training = train(setting, seed, rows_file, work)
             score = evaluate(folder, setting.decoding or decoding(BLOCK), held_out)
             append(results, [claim, setting.name, seed, *training, *score, held_out])
 
 
-def prepare(work, number, lock):
+def prepare(work, number):
     """Writes the training rows of all runs. Returns their file.
 
     Without the token that ends an answer: it would be a block of its own, which takes a share of the draws like the
@@ -139,9 +139,9 @@ def prepare(work, number, lock):
     """
     output = work / f"train_{number}.pt"
     if not output.exists():
-        command(lock, "experiments/make_data.py", "--output", work / "data", "--rows", number, "--seed", 1)
+        command(work, "experiments/make_data.py", "--output", work / "data", "--rows", number, "--seed", 1)
         flags = ("--output", work / "whole.pt", "--model", BASE, "--dataset", work / "data", "--max_samples", 0)
-        command(lock, "pt.py", *flags)
+        command(work, "pt.py", *flags)
         import torch
 
         import pt
@@ -151,7 +151,7 @@ def prepare(work, number, lock):
     return output
 
 
-def train(setting, seed, rows_file, work, lock):
+def train(setting, seed, rows_file, work):
     """Trains, unless it has been done. Returns the checkpoint's folder, and steps, supervised tokens and seconds."""
     if not setting.script:
         return BASE, (0, 0, 0.0)
@@ -163,9 +163,10 @@ def train(setting, seed, rows_file, work, lock):
     folder = next(iter(work.glob(f"{name}_step*")), None)
     if not folder:
         for left in work.glob(f"{name}_*"):  # of an interrupted training
+            files.lock(left)  # unless that goes on by itself
             shutil.rmtree(left)
         knobs |= {"MODEL": BASE, "PT_FILE": rows_file, "CKPT_DIR": work / name}
-        command(lock, setting.script, *(f"--{key}={value}" for key, value in knobs.items()))
+        command(work, setting.script, *(f"--{key}={value}" for key, value in knobs.items()))
         (folder,) = work.glob(f"{name}_step*")
     with open(work / f"{name}_logs" / "metrics.csv", newline="") as file:
         metrics = list(csv.DictReader(file))
@@ -175,17 +176,14 @@ def train(setting, seed, rows_file, work, lock):
     return folder, (len(metrics), tokens, f"{seconds:.1f}")
 
 
-def command(lock, script, *flags):
-    """Runs a script of the repository in the folder of the lock, trainers with the launcher. Raises InputError."""
-    start, work = [sys.executable], Path(lock.name).parent
-    if Path(script).name.startswith("train_"):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        start = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", 1, "--master_port", port]
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    whole = [str(part) for part in (*start, ROOT / script, *flags)]
-    done = subprocess.run(whole, env=env, cwd=work, capture_output=True, text=True, pass_fds=[lock.fileno()])
+def command(work, script, *flags):
+    """Runs a script of the repository in the work folder, a trainer as its only rank. Raises InputError."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    whole = [str(part) for part in (sys.executable, ROOT / script, *flags)]
+    done = subprocess.run(whole, env=os.environ | rank, cwd=work, capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"this command failed: {' '.join(whole)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 

@@ -96,10 +96,9 @@ def test_bad_input_is_one_sentence(tmp_path):
 
 
 def test_a_work_folder_has_one_run_at_a_time(tmp_path):
-    lock = files.lock(tmp_path)
+    files.lock(tmp_path)
     done = run("experiments/run.py", "C1", "--work", tmp_path, "--results", tmp_path / "results.csv")
     assert done.returncode == 1 and "another run, or a process that it has left, works in" in done.stderr
-    lock.close()
 
 
 def test_knobs_without_a_meaning_are_refused(tmp_path):
