@@ -76,9 +76,13 @@ def dataset_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pt_file(tmp_path_factory, base, dataset_folder):
     """Those problems as a .pt file, made by pt.py; the longest row has fewer than 192 tokens."""
+    import pt
+
     file = tmp_path_factory.mktemp("rows") / "train.pt"
-    result = run("pt.py", "--model", base, "--dataset", dataset_folder, "--output", file, "--max_len", 192)
-    assert result.returncode == 0, result.stderr
+    flags = ("--model", base, "--dataset", dataset_folder, "--output", file, "--max_len", 192)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pt.py", *map(str, flags)])
+        pt.main()
     return file
 
 
@@ -149,29 +153,39 @@ def launch(ranks, script, *args, cwd):
 
 
 @pytest.fixture(scope="session")
-def forked(base, pt_file):
-    """forked(cwd, ranks=1, script=..., faults=..., **knobs) runs a training; see faults/server.py.
+def fork():
+    """fork(cwd, ranks, script, *argv, faults=...) runs a script on several ranks; see faults/server.py.
 
-    Returns the exit codes of its ranks, the seconds it took, and what it said.
+    Returns the exit codes of its ranks, the seconds it took, and what it said, which is in {cwd}.output, too.
     """
     command = [sys.executable, ROOT / "tests/faults/server.py"]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def train(cwd, ranks=1, script="train_blockwise.py", faults=None, **changes):
-        knobs = TRAINING | {"MODEL": base, "PT_FILE": pt_file} | changes
+    def start(cwd, ranks, script, *argv, faults=None):
         output = cwd.with_name(f"{cwd.name}.output")
         output.unlink(missing_ok=True)
         faults = {"folder": str(cwd / "out"), **faults} if faults else {}
-        request = {"script": script, "ranks": ranks, "cwd": str(cwd), "output": str(output), "faults": faults}
+        request = {"script": script, "argv": [*map(str, argv)], "ranks": ranks, "cwd": str(cwd), "faults": faults}
         cwd.mkdir(exist_ok=True)
-        server.stdin.write(json.dumps(request | {"argv": arguments(script, knobs)}) + "\n")
+        server.stdin.write(json.dumps(request | {"output": str(output)}) + "\n")
         server.stdin.flush()
         answer = json.loads(server.stdout.readline())
         return SimpleNamespace(**answer, output=output.read_text())
 
-    yield train
+    yield start
     server.stdin.close()
     server.wait(30)
+
+
+@pytest.fixture(scope="session")
+def forked(fork, base, pt_file):
+    """forked(cwd, ranks=1, script=..., faults=..., **knobs) runs a training; see fork."""
+
+    def train(cwd, ranks=1, script="train_blockwise.py", faults=None, **changes):
+        knobs = TRAINING | {"MODEL": base, "PT_FILE": pt_file} | changes
+        return fork(cwd, ranks, script, *arguments(script, knobs), faults=faults)
+
+    return train
 
 
 @pytest.fixture(scope="session")

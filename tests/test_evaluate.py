@@ -91,7 +91,7 @@ cli.run(evaluate.main)
 """
 
 
-def test_a_killed_run_continues_with_the_same_result(whole, base, data, tmp_path):
+def test_a_killed_run_continues_with_the_same_result(whole, base, data, tmp_path, call):
     flags = ("--model", base, "--data", data, "--output", tmp_path, *SHORT)
     killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, flags)], cwd=ROOT, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -101,14 +101,13 @@ def test_a_killed_run_continues_with_the_same_result(whole, base, data, tmp_path
     assert len(lines) == 8
     with open(part, "a") as file:
         file.write('{"problem": 3, "completion": "half a li')  # as if it had been killed while writing
-    done = run("evaluate.py", *flags)
-    assert done.returncode == 0 and answers(folder) == answers(whole[0])
+    code, out, _ = call(*flags)
+    assert code == 0 and answers(folder) == answers(whole[0])
     kept = {json.loads(line)["problem"]: line for line in lines}
     final = {json.loads(line)["problem"]: line for line in (folder / "answers.jsonl").read_text().splitlines()}
     assert all(final[i] == line for i, line in kept.items()), "finished batches were answered again"
     stamps = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    again = run("evaluate.py", *flags)
-    assert again.stdout == done.stdout and {file: file.stat().st_mtime_ns for file in folder.iterdir()} == stamps
+    assert call(*flags)[1] == out and {file: file.stat().st_mtime_ns for file in folder.iterdir()} == stamps
 
 
 def test_half_a_batch_is_answered_again(whole, base, data, tmp_path, call):
@@ -227,11 +226,11 @@ def test_a_damaged_line_is_named(base, data, tmp_path, call, line):
     assert code == 1 and "answers.jsonl is damaged at" in err
 
 
-def test_what_only_the_first_rank_meets_ends_all_with_one_sentence(whole, base, data, tmp_path):
+def test_what_only_the_first_rank_meets_ends_all_with_one_sentence(fork, base, data, tmp_path):
     (tmp_path / "out").write_text("a file where the folder should be")
-    done = launch(2, "evaluate.py", "--model", base, "--data", data, "--output", tmp_path / "out", *SHORT, cwd=tmp_path)
-    assert done.returncode != 0 and "cannot be written" in done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr.split("CalledProcessError")[0]
+    flags = ("--model", base, "--data", data, "--output", tmp_path / "out", *SHORT)
+    done = fork(tmp_path / "run", 2, "evaluate.py", *flags)
+    assert done.codes == [1, 1] and "cannot be written" in done.output and "Traceback" not in done.output
 
 
 def test_a_full_disk_ends_with_a_sentence_and_keeps_what_is_there(base, data, tmp_path, call, monkeypatch):

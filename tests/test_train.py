@@ -3,17 +3,20 @@
 import csv
 import json
 import math
+import runpy
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import arguments, launch, run
+from conftest import ROOT, arguments, launch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+import cli
 import decode
 import llada
 import masking
@@ -264,15 +267,33 @@ def test_bad_input_ends_the_job_with_one_sentence_and_leaves_nothing(tmp_path, b
     assert output.count(said) == 1 and "Traceback" not in output
 
 
-def test_every_rank_ends_with_an_error_code(tmp_path, base, pt_file):
-    env = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
-    done = run("train_fullseq.py", "--PT_FILE=missing.pt", f"--MODEL={base}", "--MASK_ID=4", cwd=tmp_path, env=env)
-    assert done.returncode == 1 and "missing.pt does not exist" in done.stderr and not list(tmp_path.iterdir())
+@pytest.fixture
+def ended(tmp_path, monkeypatch):
+    """ended(script, *flags) -> what a script says that ends with an error; it must leave an empty folder empty."""
+
+    def start(script, *flags):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        assert not list(tmp_path.iterdir())
+        return end.value.code
+
+    return start
 
 
-def test_without_the_launcher_it_says_how_to_start(tmp_path):
-    done = run("train_blockwise.py", cwd=tmp_path)
-    assert done.returncode == 1 and "deepspeed --num_gpus N" in done.stderr and "Traceback" not in done.stderr
+def test_every_rank_ends_with_an_error_code(ended, monkeypatch, base):
+    """Those that are not the first on their machine wait: the launcher ends them, and there is one sentence."""
+    slept = []
+    monkeypatch.setattr(cli.time, "sleep", slept.append)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    said = ended("train_fullseq.py", "--PT_FILE=missing.pt", f"--MODEL={base}", "--MASK_ID=4")
+    assert said.startswith("error: missing.pt does not exist") and slept == [10]
+
+
+def test_without_the_launcher_it_says_how_to_start(ended):
+    assert "deepspeed --num_gpus N" in ended("train_blockwise.py")
 
 
 def knobs_for(base, **changes):
