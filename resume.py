@@ -81,7 +81,9 @@ def remove(some):
     """Removes resume points, the oldest first. What is removed in part no longer has the name of one."""
     for point in reversed(some):
         with files.writing(point):
-            shutil.rmtree(point.rename(point.with_name(f"{point.name}.unfinished")))
+            unfinished = point.rename(point.with_name(f"{point.name}.unfinished"))
+            files.sync(point.parent)
+            shutil.rmtree(unfinished)
 
 
 # ---------------------------------------------------------------- loading

@@ -30,7 +30,7 @@ class OneLayer(torch.nn.Module):
         return self.layer(hidden, position_embeddings=self.rope(hidden, positions), attention_mask=None)
 
 
-def saved_bytes_per_token(config, dropout, tokens=64):
+def saved_bytes_per_token(config, dropout, tokens=16):
     """Bytes that one adapted layer keeps for its backward pass, per token, in bf16; each storage counted once."""
     config._attn_implementation = "sdpa"
     torch.set_default_dtype(torch.bfloat16)

@@ -93,11 +93,11 @@ def start(request, rank, port):
 class Faults:
     """Counts the events of a rank, and lets it be killed, or fail to write, at one of them.
 
-    Events are changes of files below a folder, flushes, and optimizer steps; each has a line, `number kind path` or
-    `number kind step`. faults: "folder": that folder; "rank": whose events, the others have no faults; "trace": file
-    that gets the lines; "at": [pattern, number of a signal], which the rank gets before the first event whose line it
-    matches; "full": pattern of the event from which on nothing can be written; "bytes": no file can become larger;
-    "elsewhere": folder that the rank works in, as on a machine that does not share the run's.
+    Events are changes of files below a folder, flushes, and optimizer steps; each has a line: `number kind path`,
+    `number os.rename path to path`, `number step step`. faults: "folder": that folder; "rank": whose events, the others
+    have no faults; "trace": file that gets the lines; "at": [pattern, number of a signal], which the rank gets before
+    the first event whose line it matches; "full": pattern of the event from which on nothing can be written; "bytes":
+    no file can become larger; "elsewhere": folder in which the rank works, as if it did not share that of the run.
     """
 
     def __init__(self, faults, rank):
@@ -130,7 +130,7 @@ class Faults:
         if (writes or kind in CHANGES) and isinstance(args[0], (str, bytes, os.PathLike)):
             path = os.path.abspath(os.fsdecode(args[0]))
             if path.startswith(self.faults["folder"]):
-                self.event(kind, path)
+                self.event(kind, f"{path} to {os.path.abspath(args[1])}" if kind == "os.rename" else path)
 
     def counted_fsync(self, descriptor):
         self.event("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))

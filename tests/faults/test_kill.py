@@ -63,3 +63,23 @@ def test_asked_to_stop_and_resumed(forked, uninterrupted, tmp_path, record_prope
         assert not list((tmp_path / "run").rglob("*unfinished*"))
         assert forked(tmp_path / "run", RESUME=True).codes == [0]
     check_finished(tmp_path / "run/out", reference / "out")
+
+
+def test_nothing_is_renamed_before_it_is_on_the_disk(uninterrupted):
+    """What a loss of power needs: files and folders are flushed before a rename, and its folder after it."""
+    written, unsure, renames = set(), set(), 0
+    for event in (uninterrupted(**SETUPS["1 rank"]) / "trace").read_text().splitlines():
+        _, kind, path = event.split(" ", 2)
+        if kind in ("open", "os.mkdir"):
+            written |= {path, path.rpartition("/")[0]}
+        elif kind == "fsync":
+            written.discard(path)
+            unsure.discard(path)
+        elif kind == "os.rename":
+            old, new = path.split(" to ")
+            assert not [file for file in written if f"{file}/".startswith(f"{old}/")], event
+            unsure.add(new.rpartition("/")[0])
+            renames += 1
+        elif kind in ("step", "os.remove"):  # what was there before may go only now
+            assert not unsure, event
+    assert renames == 1 + 4 + 2 + 4  # constants, resume points, checkpoints, resume points that go

@@ -76,7 +76,7 @@ def resume(forked, folder, reference):
     check_finished(folder / "out", reference)
 
 
-# who gets the signal, and the exit code of `deepspeed`: it is that of the ranks if they end before the launcher
+# who gets the signal, and the exit code of `deepspeed`: that of the ranks if they end before it does; None: it varies
 STOPS = {
     "Ctrl-C": (lambda job: os.killpg(job.runner.pid, signal.SIGINT), None),
     "SIGUSR1 to the ranks": (lambda job: [rank.send_signal(signal.SIGUSR1) for rank in job.ranks], 75),
@@ -85,7 +85,7 @@ STOPS = {
     "SIGTERM to a rank": (lambda job: job.ranks[1].terminate(), 75),
     "SIGTERM to all": (lambda job: os.killpg(job.runner.pid, signal.SIGTERM), -signal.SIGTERM),
     "SIGKILL to the runner": (lambda job: job.runner.kill(), -signal.SIGKILL),
-    "SIGKILL to the launcher": (lambda job: job.launcher.kill(), None),
+    "SIGKILL to the launcher": (lambda job: job.launcher.kill(), 0),
 }
 
 
