@@ -131,9 +131,7 @@ def evaluate(name, prompts, problems, folder, args, settings, place):
     """
     order = sorted(range(len(problems)), key=lambda i: -len(prompts[i]))  # similar lengths together, longest first
     batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
-    place.on_first_rank(lambda: collect(folder, batches))
-    done = read_answers(folder)
-    todo = [k for k, batch in enumerate(batches) if not done.keys() >= set(batch)]
+    todo = place.on_first_rank(lambda: collect(folder, batches))
     if todo:
         answer(name, problems, prompts, batches, todo[place.rank :: place.world], folder, args, settings, place)
     place.on_first_rank(lambda: collect(folder, batches))
@@ -235,11 +233,12 @@ def read_answers(folder):
 def collect(folder, batches):
     """Brings the lines of all ranks together in answers.jsonl, in the order of the problems; half batches go.
 
-    Locks the folder if there is something to do; the results of a finished run may lie where nothing can be written.
+    Returns the numbers of the batches without answers. Locks the folder if there is something to do; the results of a
+    finished run may lie where nothing can be written.
     """
     path = folder / "answers.jsonl"
     if list(folder.glob("answers*.jsonl")) == [path] and len(read_answers(folder)) == sum(map(len, batches)):
-        return
+        return []
     files.lock(folder)
     answers = read_answers(folder)
     whole = sorted(i for batch in batches if answers.keys() >= set(batch) for i in batch)
@@ -247,6 +246,7 @@ def collect(folder, batches):
         files.replace(path, "".join(json.dumps(answers[i], ensure_ascii=False) + "\n" for i in whole))
         for file in folder.glob("answers.rank*.jsonl"):
             file.unlink()
+    return [k for k, batch in enumerate(batches) if not answers.keys() >= set(batch)]
 
 
 # ---------------------------------------------------------------- the report

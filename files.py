@@ -25,7 +25,8 @@ def writing(what):
     try:
         yield
     except OSError as error:
-        raise InputError(f"{what} cannot be written: {error.strerror}. What is there is kept.") from error
+        where = f" ({error.filename})" if error.filename else ""
+        raise InputError(f"{what} cannot be written: {error.strerror}{where}. What is there is kept.") from error
 
 
 def sync(path):
@@ -43,17 +44,19 @@ def sha256(path):
 
 
 def write(path, chunks):
-    """Writes a new file from chunks of bytes, and reads each back. Returns what a manifest says of it."""
+    """Writes a new file from chunks of bytes to the disk, and reads each back. Returns what a manifest says of it."""
     digest, size = hashlib.sha256(), 0
     with open(path, "x+b") as file:
         for piece in pieces(chunks):
             file.write(piece)
             file.flush()
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):  # not on macOS: drops the piece from memory, so that the disk is read
+                os.posix_fadvise(file.fileno(), size, len(piece), os.POSIX_FADV_DONTNEED)
             if os.pread(file.fileno(), len(piece), size) != piece:
                 raise OSError(errno.EIO, "reading it gives other bytes than were written")
             digest.update(piece)
             size += len(piece)
-        os.fsync(file.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
@@ -100,7 +103,7 @@ def lock(folder, first=0, parts=0):
             locks[folder] = open(folder / "lock", "a")  # noqa: SIM115
         try:
             fcntl.lockf(locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB, parts, first)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):  # either is said where a lock is held
             raise InputError(f"another run, or a process that it has left, works in {folder}.") from None
 
 

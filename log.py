@@ -161,6 +161,7 @@ def make_log_folder(ckpt_dir):
                 folder = start.with_name(f"{start.name}_logs{suffix}")
                 with suppress(FileExistsError):  # another run has made it meanwhile
                     folder.mkdir()
+                    files.sync(start.parent)
                     return folder, suffix
     except OSError as error:
         raise InputError(f"CKPT_DIR={ckpt_dir}: its folder cannot be written ({error.strerror}).") from error

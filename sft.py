@@ -36,12 +36,12 @@ import llada
 import masking
 import merge
 import resume
+import watch
 from cli import STOPPED, InputError
 from log import Log, checkpoint_folder, say
 from place import Place
 from rows import Rows, derive_seed, make_rows, read_pt, schedule
 from settings import Settings
-from watch import Watch
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # the pinned packages warn about each other
 SAMPLES = 4  # rows that SAMPLE_EVERY and the check of a checkpoint look at
@@ -59,13 +59,13 @@ def train(knobs, turns, hide):
     """
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
         raise InputError(f"start this script with the launcher: deepspeed --num_gpus N {sys.argv[0]}")
+    watch.end_at_once()
+    launchers = watch.launchers()
     run = start(knobs, turns, hide)
     place, log = run.place, run.log
     done, bad_steps = resume.load(run.engine, place, log)
-    with resume.hint(log), Watch(place) as watch:
-        step, bad_steps, stopped = loop(run, watch, done, bad_steps)
-    if bad_steps >= knobs.MAX_BAD_STEPS:  # to go on would meet the same steps
-        raise InputError(f"{bad_steps} bad steps in a row, see {log.folder}/bad_steps.jsonl. Try a new run, lower LR.")
+    with resume.hint(log), watch.Watch(place, launchers) as watched:
+        step, stopped = loop(run, watched, done, bad_steps)
     dist.destroy_process_group()
     if stopped:
         say(place, "stopped", f"as asked, after step {step}; the same command with --RESUME=True goes on")
@@ -114,10 +114,10 @@ def check_input(knobs):
     return base, rows, Samples(base, config, rows, knobs) if knobs.SAMPLE_EVERY else None
 
 
-def loop(run, watch, done, bad_steps):
-    """Trains after step `done`, to the end or until it is asked to stop or has met MAX_BAD_STEPS in a row.
+def loop(run, watched, done, bad_steps):
+    """Trains after step `done` and so many bad steps in a row, to the end or until it is asked to stop.
 
-    Returns the last step, how many bad steps in a row it ends with, and whether it was asked to stop.
+    Returns the last step, and whether it was asked to stop. Raises InputError after MAX_BAD_STEPS in a row.
     """
     knobs, place, log, step = run.knobs, run.place, run.log, done
     tokens, stopped = global_batch(knobs, place) * knobs.MAX_LEN, False
@@ -126,25 +126,26 @@ def loop(run, watch, done, bad_steps):
     bar = tqdm(range(done + 1, run.steps + 1), "training", run.steps, initial=done, unit="step", disable=place.rank > 0)
     for step in bar:
         began, lr = time.perf_counter(), run.engine.get_lr()[0]
-        with watch.step():
-            result = train_step(run, step, lambda: watch.stop)
+        with watched.step():
+            result = train_step(run, step, lambda: watched.stop)
         log.row(step, lr, result, tokens / (time.perf_counter() - began))
         bar.set_postfix(loss=f"{result.loss:.3f}")
         bad_steps, stopped = bad_steps + 1 if result.bad_rows else 0, result.stop
-        if bad_steps >= knobs.MAX_BAD_STEPS:
-            break
+        too_bad = bad_steps >= knobs.MAX_BAD_STEPS
         if run.samples and step % knobs.SAMPLE_EVERY == 0:
             run.samples.write(run.model, log, step)
         save = is_due(step, knobs.SAVE_EVERY, run.steps)
-        if save or stopped or is_due(step, knobs.RESUME_EVERY, run.steps):
+        if save or stopped or too_bad or is_due(step, knobs.RESUME_EVERY, run.steps):
             resume.save(run.engine, place, log, step, bad_steps)
+        if too_bad:
+            raise InputError(f"{bad_steps} bad steps in a row, see {log.folder}/bad_steps.jsonl; a lower LR may help.")
         if stopped:  # a checkpoint of this step is made when the run goes on
             break
         if save:
             save_checkpoint(run, step)
     else:  # the run is finished
         place.on_first_rank(lambda: resume.remove(resume.points(log.folder)))
-    return step, bad_steps, stopped
+    return step, stopped
 
 
 @dataclass

@@ -16,21 +16,26 @@ from contextlib import contextmanager
 
 import psutil
 
+from cli import STOPPED
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE = 10  # seconds in which the main thread may say itself what it lacks since another rank is gone
-TERM = 25  # seconds from SIGTERM to the end of the optimizer step; DeepSpeed's launcher kills after 30
+TERM = 25  # seconds from SIGTERM to the end of the optimizer step; launchers kill after 30
+KILLERS = ("deepspeed.launcher.launch", "torchrun", "torch.distributed.run")
 
 
 class Watch:
-    """Watches the process while the `with` block runs. `stop`: what asks the run to stop, or None."""
+    """Watches the process while the `with` block runs. `stop`: what asks the run to stop, or None.
 
-    def __init__(self, place):
-        self.place, self.stop, self.step_began = place, None, math.inf
+    launchers: see launchers(), of the start of the process, as one that has ended since has no number any more.
+    """
+
+    def __init__(self, place, launchers):
+        self.place, self.launchers, self.stop, self.step_began = place, launchers, None, math.inf
         pids, first = place.on_all_ranks(os.getpid), place.rank - place.local_rank
         ranks = set(range(first, first + place.local_world)) - {place.rank}
         self.siblings = {rank: psutil.Process(pids[rank]) for rank in ranks}  # on this machine
-        self.launchers = launchers()
-        self.patience = TERM if len(self.launchers) > 1 else math.inf  # only DeepSpeed's, with its runner, kills
+        self.patience = TERM if any(map(kills, launchers)) else math.inf
 
     def __enter__(self):
         self.inbox, self.outbox = socket.socketpair()
@@ -92,6 +97,12 @@ class Watch:
         os._exit(1)
 
 
+def end_at_once():
+    """Lets signals end the process with STOPPED, before and after the time of the Watch: nothing is lost then."""
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: sys.exit(STOPPED))
+
+
 def launchers():
     """The processes that live as long as the ranks: the parent and, above DeepSpeed's launcher, its runner.
 
@@ -99,10 +110,18 @@ def launchers():
     """
     try:
         parent = psutil.Process(os.getppid())
-        runner = parent.parent() if "deepspeed.launcher.launch" in parent.cmdline() else None
+        runner = parent.parent() if KILLERS[0] in parent.cmdline() else None
     except psutil.Error:  # started by a system process that we may not look at, as under some Slurms
         return []
     return [parent] + [runner] * bool(runner)
+
+
+def kills(launcher):
+    """Whether it kills the ranks 30 seconds after SIGTERM, as DeepSpeed's and torch's do."""
+    try:
+        return any(name in part for part in launcher.cmdline() for name in KILLERS)
+    except psutil.Error:  # it has ended
+        return False
 
 
 def alive(process):

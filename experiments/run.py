@@ -12,6 +12,7 @@ import argparse
 import csv
 import hashlib
 import importlib
+import io
 import os
 import random
 import shutil
@@ -117,10 +118,10 @@ def main():
     try:
         work.mkdir(parents=True, exist_ok=True)
         results.parent.mkdir(parents=True, exist_ok=True)
+        files.lock(work)
         done = start_results(results)
     except OSError as error:
         raise InputError(f"--work {work} or --results {results} cannot be written: {error}") from error
-    files.lock(work)
     rows_file = prepare(work, rows)
     todo = [(claim, setting, seed) for seed in range(args.seeds) for claim in args.claims for setting in CLAIMS[claim]]
     for claim, setting, seed in tqdm(todo, desc="runs", unit="run"):
@@ -225,8 +226,10 @@ def start_results(path):
 
 
 def append(results, row):
-    with open(results, "a", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerow(row)
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(row)
+    with files.writing(f"--results {results}"):
+        files.append(results, line.getvalue())
 
 
 if __name__ == "__main__":

@@ -190,7 +190,10 @@ def forked(fork, base, pt_file):
 
 @pytest.fixture(scope="session")
 def uninterrupted(forked, tmp_path_factory):
-    """uninterrupted(ranks=..., ...) -> the folder of such a run of `forked`, made once; its events are in `trace`."""
+    """uninterrupted(ranks=..., ...) -> the folder of such a run of `forked`, made once, with its events.
+
+    Those of rank 0 are in the file trace0, and so on.
+    """
     runs = {}
 
     def train(**how):

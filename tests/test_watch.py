@@ -16,7 +16,7 @@ watch.GRACE = 1
 other = subprocess.Popen(["sleep", "20"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 place = SimpleNamespace(rank=0, local_rank=0, local_world=2, on_all_ranks=lambda function: [function(), other.pid])
 try:
-    with watch.Watch(place) as it:
+    with watch.Watch(place, watch.launchers()) as it:
         it.patience = 2  # as under DeepSpeed's launcher
         exec(sys.argv[2])
     print("stop", it.stop, signal.getsignal(signal.SIGTERM).name)
@@ -64,3 +64,25 @@ def test_a_step_that_does_not_end_after_sigterm_is_given_up():
 def test_saving_and_other_signals_have_no_limit(name, before):
     done, _ = watched(before + SEND.format(name) + "time.sleep(4)")
     assert done.returncode == 0 and done.stdout == f"stop {name} SIG_DFL\n", done.stderr
+
+
+ALONE = """
+import os, signal, sys, time
+from types import SimpleNamespace
+sys.path.insert(0, sys.argv[1])
+import watch
+watch.end_at_once()
+if sys.argv[3] == "after":
+    with watch.Watch(SimpleNamespace(rank=0, local_rank=0, local_world=1, on_all_ranks=lambda pid: [pid()]), []):
+        pass
+os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+time.sleep(5)
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_before_and_after_the_watch_a_signal_ends_with_the_code_of_stopping(name, when):
+    """Slurm ends the ranks that are left when the first has ended, and a job script looks at the highest code."""
+    done = subprocess.run([sys.executable, "-c", ALONE, ROOT, name, when], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75 and not done.stderr

@@ -95,17 +95,18 @@ class Faults:
 
     Events are changes of files below a folder, flushes, and optimizer steps; each has a line: `number kind path`,
     `number os.rename path to path`, `number step step`. faults: "folder": that folder; "rank": whose events, the others
-    have no faults; "trace": file that gets the lines; "at": [pattern, number of a signal], which the rank gets before
-    the first event whose line it matches; "full": pattern of the event from which on nothing can be written; "bytes":
-    no file can become larger; "elsewhere": folder in which the rank works, as if it did not share that of the run.
+    have no faults; "trace": file that gets the lines, of every rank another, with its number behind the name; "at":
+    [pattern, number of a signal], which the rank gets before the first event whose line it matches; "full": pattern of
+    the event from which on nothing can be written; "bytes": no file can become larger; "elsewhere": folder in which the
+    rank works, as if it did not share that of the run.
     """
 
     def __init__(self, faults, rank):
-        if not faults or rank != faults.get("rank", 0):
+        if not faults or rank != faults.get("rank", rank if "trace" in faults else 0):
             return
         self.faults, self.count, self.sent, self.full = faults, 0, False, False
         self.fsync, self.write, self.step = os.fsync, files.write, sft.train_step
-        self.trace = open(faults["trace"], "a") if "trace" in faults else None  # noqa: SIM115
+        self.trace = open(f"{faults['trace']}{rank}", "a") if "trace" in faults else None  # noqa: SIM115
         sys.addaudithook(self.audit)
         os.fsync, files.write, sft.train_step = self.counted_fsync, self.counted_write, self.counted_step
         if "elsewhere" in faults:
@@ -128,7 +129,10 @@ class Faults:
     def audit(self, kind, args):
         writes = kind == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
         if (writes or kind in CHANGES) and isinstance(args[0], (str, bytes, os.PathLike)):
-            path = os.path.abspath(os.fsdecode(args[0]))
+            path = os.fsdecode(args[0])
+            if kind in ("os.remove", "os.rmdir") and args[1] >= 0:  # in an open folder, as rmtree does
+                path = os.path.join(os.readlink(f"/proc/self/fd/{args[1]}"), path)
+            path = os.path.abspath(path)
             if path.startswith(self.faults["folder"]):
                 self.event(kind, f"{path} to {os.path.abspath(args[1])}" if kind == "os.rename" else path)
 

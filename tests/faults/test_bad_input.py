@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import cli
 import train_blockwise
 import train_fullseq
+import watch
 from cli import InputError
 from rows import make_rows, read_pt
 
@@ -105,6 +106,7 @@ def refused(tmp_path, monkeypatch, capsys):
     torch.save({"rows": []}, tmp_path / "dict.pt")
     torch.save([{"ids": [1]}], tmp_path / "keys.pt")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(watch, "end_at_once", lambda: None)  # the signals of this process stay as they are
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("WORLD_SIZE", "1")

@@ -10,7 +10,13 @@ import pytest
 from outcome import check_finished, check_left
 
 # where a run is that is asked to stop, and its exit code then
-ASKED = {"stepped 2": 75, "chunk .*resume_step0002.*/rank0": 75, "chunk .*/step0003.*model": 75, "/step0004": 0}
+ASKED = {
+    "ablation_config": 75,
+    "stepped 2": 75,
+    "chunk .*resume_step0002.*/rank0": 75,
+    "chunk .*/step0003.*model": 75,
+    "/step0004": 0,
+}
 SETUPS = {"1 rank": {"ranks": 1}, "2 ranks": {"ranks": 2, "BF16": True, "MICRO_BSIZE": 1}}
 
 
@@ -18,9 +24,9 @@ def pytest_generate_tests(metafunc):
     """The points of a run at which it is killed, as shares of its events."""
     if "point" in metafunc.fixturenames:
         one, two = (48, 12) if metafunc.config.getoption("full") else (4, 2)
-        points = [("1 rank", (i + 0.5) / one, True) for i in range(one)]
-        points += [("2 ranks", (i + 0.5) / two, i % 2) for i in range(two)]  # both ranks, or one of them
-        metafunc.parametrize("setup, point, together", points)
+        points = [("1 rank", (i + 0.5) / one, 0, True) for i in range(one)]
+        points += [("2 ranks", (i + 0.5) / two, i % 2, i % 3 == 2) for i in range(two)]
+        metafunc.parametrize("setup, point, rank, together", points)
 
 
 def phase(event):
@@ -32,16 +38,14 @@ def phase(event):
     return "step" if kind in ("step", "stepped") else "logs"
 
 
-def test_killed_and_resumed(forked, uninterrupted, tmp_path, record_property, setup, point, together):
+def test_killed_and_resumed(forked, uninterrupted, tmp_path, record_property, setup, point, rank, together):
+    """rank: which is killed; together: the others are at the same moment, else they must end by themselves."""
     reference = uninterrupted(**SETUPS[setup])
-    events = (reference / "trace").read_text().splitlines()
+    events = (reference / f"trace{rank}").read_text().splitlines()
     event = events[int(point * len(events))]
     record_property("fault", f"kill points: {setup}, {phase(event)}")
     run = tmp_path / "run"
-    number, rank = int(event.split()[0]), 0
-    if setup == "2 ranks" and int(point * 100) % 4 == 0:
-        number, rank = number // 3, 1  # the other rank has fewer events
-    faults = {"at": [f"^{number} ", signal.SIGKILL], "rank": rank, "together": bool(together)}
+    faults = {"at": [f"^{event.split()[0]} ", signal.SIGKILL], "rank": rank, "together": together}
     killed = forked(run, **SETUPS[setup], faults=faults)
     assert -signal.SIGKILL in killed.codes, killed.output
     assert killed.seconds < 60 and (together or None not in killed.codes), "the other rank must end by itself"
@@ -51,9 +55,15 @@ def test_killed_and_resumed(forked, uninterrupted, tmp_path, record_property, se
     check_finished(run / "out", reference / "out")
 
 
-@pytest.mark.parametrize("place, number", zip(ASKED, [signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT]))
+NUMBERS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.mark.parametrize("place, number", zip(ASKED, NUMBERS, strict=True))
 def test_asked_to_stop_and_resumed(forked, uninterrupted, tmp_path, record_property, place, number):
-    """In a step, and while it saves: it finishes that, and at most one step more; see test_launcher.py for the rest."""
+    """Before the first step it ends at once; in a step and while it saves, that is finished, and at most one step more.
+
+    What happens under the launcher: test_launcher.py.
+    """
     record_property("fault", "stops at a chosen moment")
     reference = uninterrupted(**SETUPS["1 rank"])
     stopped = forked(tmp_path / "run", faults={"at": [place, number]})
@@ -68,7 +78,7 @@ def test_asked_to_stop_and_resumed(forked, uninterrupted, tmp_path, record_prope
 def test_nothing_is_renamed_before_it_is_on_the_disk(uninterrupted):
     """What a loss of power needs: files and folders are flushed before a rename, and its folder after it."""
     written, unsure, renames = set(), set(), 0
-    for event in (uninterrupted(**SETUPS["1 rank"]) / "trace").read_text().splitlines():
+    for event in (uninterrupted(**SETUPS["1 rank"]) / "trace0").read_text().splitlines():
         _, kind, path = event.split(" ", 2)
         if kind in ("open", "os.mkdir"):
             written |= {path, path.rpartition("/")[0]}

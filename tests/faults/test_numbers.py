@@ -105,3 +105,6 @@ def test_bad_steps_that_a_stop_lies_between_are_still_in_a_row(forked, broken, t
     assert forked(tmp_path / "run", **knobs, faults={"at": ["step 2$", signal.SIGUSR1]}).codes == [75]
     done = forked(tmp_path / "run", **knobs, RESUME=True)
     assert done.codes == [1] and [bad["step"] for bad in bad_steps(tmp_path / "run")] == [1, 2, 3]
+    assert "goes on after step 3" in done.output  # that run had no other resume point
+    done = forked(tmp_path / "run", **knobs | {"MAX_BAD_STEPS": 7}, RESUME=True)
+    assert done.codes == [0] and [bad["step"] for bad in bad_steps(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
