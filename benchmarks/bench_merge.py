@@ -120,7 +120,14 @@ def main():
     ceiling = common.copy_ceiling(torch.device("cpu"))
     share = size / statistics.median(run["seconds"] for run in runs["ours"]) / ceiling
     print(f"ours: {share:.0%} of the rate at which memory is copied ({ceiling / 1e9:.1f} GB/s)")
-    common.print_json(args, checkpoint_mb=size / 1e6, runs=runs, ratios=ratios, copy_gb_per_s=ceiling / 1e9)
+    common.print_json(
+        args,
+        tmpdir=tempfile.gettempdir(),
+        checkpoint_mb=size / 1e6,
+        runs=runs,
+        ratios=ratios,
+        copy_gb_per_s=ceiling / 1e9,
+    )
 
 
 if __name__ == "__main__":
