@@ -3,7 +3,7 @@
     python chat.py --model ckpts_stagewise_sft_32_step0025
 
 Ctrl-C stops an answer; at the prompt it ends the conversation. Without a terminal, as in
-`echo "What is 3 + 4?" | python chat.py --model FOLDER`, every line is a turn, and answers are printed a block a line.
+`echo "What is 3 + 4?" | python chat.py --model FOLDER`, every line is a question, and answers come a block a line.
 """
 
 import argparse
@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-import pt
-from cli import InputError, run
-from settings import add_flags, from_flags
+from blockwise.cli import InputError, run_script
+from blockwise.decoding.settings import add_flags, from_flags
+from blockwise.prompts import prompt_ids
 
 
 def main():
@@ -24,16 +24,16 @@ def main():
     add_flags(parser)
     args = parser.parse_args()
     settings = from_flags(args)
-    import torch  # only now: a typing error is reported without waiting for it
+    import torch  # only now: a mistyped flag is reported without waiting for it
 
-    import decode
-    from place import Place
+    from blockwise.decoding import decode
+    from blockwise.run.ranks import Ranks
 
     sys.stdin.reconfigure(errors="replace")  # what is not UTF-8 becomes question marks
-    model, tokenizer = decode.load(args.model, args.dtype, Place.from_environment().device)
+    model, tokenizer = decode.load(args.model, args.dtype, Ranks.from_environment().device, args.adapter)
     ends, generator = decode.end_ids(model, tokenizer), torch.Generator(model.device).manual_seed(args.seed)
     show, messages = show_live if sys.stdout.isatty() else show_blocks, []
-    while question := ask():
+    while question := read_question():
         try:
             messages, prompt = fit([*messages, {"role": "user", "content": question}], model, tokenizer, settings)
         except InputError as error:
@@ -44,8 +44,8 @@ def main():
         messages.append({"role": "assistant", "content": decode.completion(tokenizer, ids, ends)})
 
 
-def ask():
-    """The user's next turn; None at the end of the input, and after Ctrl-C."""
+def read_question() -> str | None:
+    """The user's next message; None at the end of the input, and after Ctrl-C."""
     prompt = "\n> " if sys.stdin.isatty() else ""
     try:
         while not (line := input(prompt).strip()):
@@ -55,12 +55,12 @@ def ask():
         return None
 
 
-def fit(messages, model, tokenizer, settings):
-    """The conversation and its ids; the oldest turns go if it is too long. Raises InputError if the last one is."""
-    import decode
+def fit(messages: list, model, tokenizer, settings) -> tuple[list, list[int]]:
+    """The conversation and its ids; the oldest messages go if it is too long. Raises InputError if the last one is."""
+    from blockwise.decoding import decode
 
     while True:
-        prompt = pt.prompt_ids(tokenizer, messages)
+        prompt = prompt_ids(tokenizer, messages)
         try:
             decode.make_canvas(model.config, [prompt], settings.gen_length, "cpu")
             return messages, prompt
@@ -68,10 +68,10 @@ def fit(messages, model, tokenizer, settings):
             if len(messages) == 1:
                 raise
             messages = messages[2:]
-            print("(The conversation is too long for the model; its oldest turn is left out.)")
+            print("(The conversation is too long for the model; its oldest question is left out.)")
 
 
-def show_live(answers, tokenizer, mask_id, ends, block_length):
+def show_live(answers, tokenizer, mask_id: int, ends: list[int], block_length: int) -> list[int]:
     """Draws an answer again after each step, until it is complete or Ctrl-C. Returns the ids that were written."""
     ids, stopped, console = [], "", Console(highlight=False)
     with Live(console=console, auto_refresh=False, transient=True) as live:
@@ -85,7 +85,7 @@ def show_live(answers, tokenizer, mask_id, ends, block_length):
     return [token for token in ids if token != mask_id]
 
 
-def drawing(ids, tokenizer, mask_id, ends, block_length):
+def drawing(ids: list[int], tokenizer, mask_id: int, ends: list[int], block_length: int) -> Text:
     """An unfinished answer as a text: what is written, with a dot for each mask up to the end of its block."""
     masks = [i for i, token in enumerate(ids) if token == mask_id]
     stop = (masks[0] // block_length + 1) * block_length if masks else len(ids)
@@ -101,7 +101,7 @@ def drawing(ids, tokenizer, mask_id, ends, block_length):
     return text.append(tokenizer.decode(run, skip_special_tokens=True))
 
 
-def show_blocks(answers, tokenizer, mask_id, ends, block_length):
+def show_blocks(answers, tokenizer, mask_id: int, ends: list[int], block_length: int) -> list[int]:
     """Prints each block of an answer as soon as it is complete, up to the end. Returns the ids of the answer."""
     shown = 0
     for ids in answers:
@@ -114,4 +114,4 @@ def show_blocks(answers, tokenizer, mask_id, ends, block_length):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -7,13 +7,13 @@ source "$(dirname "$0")/setup.sh"
 
 # Two ranks; on a machine with GPUs, on those, and in bf16.
 if [ "$GPUS" = 0 ]; then RANKS=2 BF16=False; else RANKS=$((GPUS < 2 ? GPUS : 2)) BF16=True; fi
-KNOBS=(--MODEL=demo/base --PT_FILE=demo_run/train.pt --MASK_ID=4 --MAX_LEN=64 --BF16=$BF16
-  --LORA_R=16 --LORA_ALPHA=32 --LR=2e-3 --MICRO_BSIZE=$((64 / RANKS)))
+KNOBS=(--MODEL_NAME=demo/base --DATA_PT=demo_run/train.pt --MASK_ID=4 --MAX_LEN=64 --BF16=$BF16
+  --LORA_RANK=16 --LR=2e-3 --MICRO_BSIZE=$((64 / RANKS)))
 BLOCK_SIZE=4
 DECODING=(--gen_length 16 --block_length $BLOCK_SIZE --steps 16 --batch_size 50)
 
 PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')  # a free one
-LAUNCH="deepspeed --num_gpus $RANKS --master_port $PORT"
+LAUNCH="deepspeed --quiet --num_gpus $RANKS --master_port $PORT"
 
 step() { printf '\n== %s\n' "$*"; }
 rm -rf demo_run
@@ -31,7 +31,7 @@ $LAUNCH train_fullseq.py "${KNOBS[@]}" --CKPT_DIR=demo_run/fullseq
 
 step "4/5 Pass@1 on problems that were not trained on"
 for name in fullseq blockwise; do
-  python evaluate.py --compare demo/base demo_run/${name}_step* --data demo_run/heldout/train.jsonl \
+  python eval.py --compare demo/base demo_run/${name}_step* --data demo_run/heldout/train.jsonl \
     --output demo_run/results "${DECODING[@]}"
 done
 

@@ -1,4 +1,4 @@
-"""Answers prompts with a LLaDA checkpoint, decoding block by block (decode.py).
+"""Answers prompts with a LLaDA checkpoint, decoding block by block (blockwise/decoding/decode.py).
 
     python generate.py --model ckpts_stagewise_sft_32_step0025 --prompt "Ada has 3 pens and buys 4. How many are there?"
     python generate.py --model FOLDER --prompts in.jsonl --output out.jsonl
@@ -11,10 +11,10 @@ import json
 import os
 from pathlib import Path
 
-import files
-import pt
-from cli import InputError, read_jsonl, run
-from settings import add_flags, from_flags
+from blockwise.cli import InputError, progress, read_jsonl, run_script
+from blockwise.decoding.settings import add_flags, from_flags
+from blockwise.prompts import prompt_ids
+from blockwise.run import files
 
 
 def parse_args():
@@ -39,17 +39,16 @@ def main():
     if args.output:
         check_output(Path(args.output))
     texts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts)
-    import torch  # only now: a typing error is reported without waiting for it
-    from tqdm import tqdm
+    import torch  # only now: a mistyped flag is reported without waiting for it
 
-    import decode
-    from place import Place
+    from blockwise.decoding import decode
+    from blockwise.run.ranks import Ranks
 
-    model, tokenizer = decode.load(args.model, args.dtype, Place.from_environment().device)
+    model, tokenizer = decode.load(args.model, args.dtype, Ranks.from_environment().device, args.adapter)
     ends, generator = decode.end_ids(model, tokenizer), torch.Generator(model.device).manual_seed(args.seed)
     prompts = [encode(tokenizer, text, args.raw) for text in texts]
     decode.make_canvas(model.config, prompts, settings.gen_length, "cpu")  # they fit, before the first is answered
-    bar = tqdm(total=len(texts), desc="answering", unit="prompt", disable=not args.output)
+    bar = progress(total=len(texts), desc="answering", unit="prompt", disable=not args.output)
     for start in range(0, len(texts), args.batch_size):
         some = slice(start, start + args.batch_size)
         ids, _ = decode.decode(model, prompts[some], settings, ends, generator)
@@ -59,15 +58,15 @@ def main():
     bar.close()
 
 
-def check_output(path):
-    """Refuses a file that is there already or cannot be made, before any work. Raises InputError."""
+def check_output(path: Path) -> None:
+    """Refuses a file that already exists or cannot be made, before any work. Raises InputError."""
     if path.exists():
-        raise InputError(f"--output {path} exists already; remove it, or name another file.")
+        raise InputError(f"--output {path} already exists; remove it, or name another file.")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"--output {path}: {path.parent} is not a folder that can be written to.")
 
 
-def read_prompts(path):
+def read_prompts(path: str) -> list[str]:
     """The prompts of a jsonl file. Raises InputError that names the line."""
     prompts = []
     for number, row in read_jsonl(path):
@@ -78,18 +77,18 @@ def read_prompts(path):
     return prompts
 
 
-def encode(tokenizer, text, raw):
-    """A prompt as ids: as the user's turn of a conversation, or raw."""
+def encode(tokenizer, text: str, raw: bool) -> list[int]:
+    """A prompt as ids: as the user's message of a conversation, or raw."""
     if not text.strip():
         raise InputError("--prompt is empty.")
     if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python keeps other bytes of a command line
         raise InputError("--prompt is not in UTF-8.")
     if raw:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return pt.prompt_ids(tokenizer, [{"role": "user", "content": text}])
+    return prompt_ids(tokenizer, [{"role": "user", "content": text}])
 
 
-def write(rows, output):
+def write(rows: list, output: str | None) -> None:
     """Prints answers, or appends them to the output file."""
     if not output:
         for _, answer, _ in rows:
@@ -101,4 +100,4 @@ def write(rows, output):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -8,10 +8,10 @@ import csv
 import math
 from pathlib import Path
 
-from cli import InputError, run
+from blockwise.cli import InputError, run_script
 
 
-def read_losses(path):
+def read_losses(path: str):
     """The (step, loss) columns of a train_loss.csv, without steps that had no loss (nan). Raises InputError."""
     try:
         with open(path, newline="") as file:
@@ -26,11 +26,11 @@ def read_losses(path):
     return zip(*rows)
 
 
-def smooth(values, window):
+def smooth(values: list[float], window: int) -> list[float]:
     """Centred moving average; towards the ends the window shrinks, so that there is a value for every step."""
     half = window // 2
-    around = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(part) / len(part) for part in around]
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(part) / len(part) for part in windows]
 
 
 def main():
@@ -61,4 +61,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -2,52 +2,59 @@
 
     deepspeed --num_gpus 8 train_blockwise.py [--NAME=value ...]
 
-The constants below are the knobs; edit them here or override them on the command line. What is hidden and what is
-scored is in masking.py; everything that this trainer has in common with train_fullseq.py is in sft.py.
+The constants below are the knobs; edit them here or override them on the command line. Which tokens are masked and
+which are supervised is in masking.py; all that both trainers have in common is in blockwise/trainer.py.
 """
 
 import sys
 
-from cli import override, run
+from blockwise.cli import run_script
+from blockwise.knobs import at_least, between, one_of, override
 
 # ---------------------------------------------------------------- model and data
-MODEL = "GSAI-ML/LLaDA-8B-Instruct"  # hub id or local folder
-PT_FILE = "MathQA_256.pt"  # written by pt.py with the tokenizer of MODEL
+MODEL_NAME = "GSAI-ML/LLaDA-8B-Instruct"  # hub id or local folder
+DATA_PT = "MathQA_256.pt"  # written by pt.py with the tokenizer of MODEL_NAME
 CKPT_DIR = "ckpts_stagewise_sft_32"  # start of the names of the checkpoint and log folders
-MASK_ID = 126336  # LLaDA's <|mdm_mask|>; other bases have other ids, and the config of the base is compared
-MAX_LEN = 256  # every row is padded to this; longer rows are refused
-MAX_SAMPLES = 200 * 32  # rows of PT_FILE to train on, from its start; 0 = all
+MASK_ID: at_least(0) = 126336  # LLaDA's <|mdm_mask|>; other bases have other ids, and the base's config is compared
+MAX_LEN: at_least(2) = 256  # tokens; every sample is padded to this, longer ones are refused
+MAX_SAMPLES: at_least(0) = 200 * 32  # samples of DATA_PT to train on, from its start; 0 = all
 
 # ---------------------------------------------------------------- method
-BLOCK_SIZE = 32  # tokens; best the block length of decoding
-MASK_PROB_EPS = 1e-3  # the mask ratio of a sample is uniform between this and 1
-PREFIX_MASK_RATE = 0.0  # share of the earlier blocks that is hidden; decoding shows them complete
-SUFFIX_MASK_PROB = 1.0  # share of the later blocks that is hidden; decoding has not written them yet
+BLOCK_SIZE: at_least(1) = 32  # tokens; best the block length of decoding
+MASK_PROB_EPS: between(0.0, 1.0) = 1e-3  # the mask ratio of a sample is uniform between this and 1
+PREFIX_MASK_RATE: between(0.0, 1.0) = 0.0  # share of the earlier blocks that is masked; decoding shows them complete
+SUFFIX_MASK_PROB: between(0.0, 1.0) = 1.0  # share of the later blocks that is masked; decoding writes them later
 EOS_TAIL = False  # True: the padding up to MAX_LEN is part of the answer, as in LLaDA's own SFT
-BOUND_WEIGHTS = False  # True: loss weighted 1/p x number of blocks (Theorem 3.3) in place of the masked mean
+BOUND_WEIGHTS = False  # True: loss weighted 1/p x number of blocks (Theorem 3.3) instead of the masked mean
 
 # ---------------------------------------------------------------- adapters
-LORA_R = 256
-LORA_ALPHA = 512
-LORA_DROPOUT = 0.05  # 0.0 saves a third of the activation memory
-TARGET_MODS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA_RANK: at_least(1) = 256
+LORA_ALPHA: at_least(0) = 0  # 0 = twice LORA_RANK
+LORA_DROPOUT: between(0.0, 0.99) = 0.05  # 0.0 saves a third of the activation memory
+TARGET_MODS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # layers with adapters
 
 # ---------------------------------------------------------------- optimization
-LR = 1e-5  # AdamW, betas (0.9, 0.95)
-WEIGHT_DECAY = 0.0
-WARMUP_RATIO = 0.1  # share of the steps with linear warm-up; then cosine
-MIN_LR_RATIO = 0.01  # share of LR that is left in the last step
-MAX_GRAD_NORM = 1.0
-MICRO_BSIZE = 32  # rows per rank and forward pass; out of memory: halve this and double GRAD_ACC
-GRAD_ACC = 1  # forward passes per optimizer step
-EPOCHS = 1  # in each epoch a sample trains one block that it has not trained yet
-TOTAL_TRAIN_STEPS = 0  # optimizer steps over the global batch; 0 = as many as EPOCHS gives
-SAVE_EVERY = 0  # optimizer steps between checkpoints; 0 = once, at the end
-SAMPLE_EVERY = 0  # steps between sample generations from a few training prompts, 0 = never
-RESUME = False  # True: go on with the newest unfinished run of this CKPT_DIR
-RESUME_EVERY = 0  # optimizer steps between resume points; 0 = only at checkpoints
-MAX_BAD_STEPS = 3  # the run stops after so many steps in a row with a loss or gradient that is no number
-SEED = 42
+LR: between(1e-12, 1.0) = 1e-5  # highest learning rate of AdamW, betas (0.9, 0.95)
+WEIGHT_DECAY: between(0.0, 1.0) = 0.0
+WARMUP_TYPE: one_of("linear", "log") = "linear"  # log: the curve of DeepSpeed's WarmupCosineLR, as in the reference
+WARMUP_RATIO: between(0.0, 1.0) = 0.1  # share of the steps with warm-up; then cosine
+MIN_LR_RATIO: between(0.0, 1.0) = 0.01  # share of LR that is left in the last step
+MAX_GRAD_NORM: at_least(1e-12) = 1.0  # larger gradients are scaled down to this norm
+MICRO_BSIZE: at_least(1) = 32  # samples per rank and forward pass; out of memory: halve this and double GRAD_ACC
+GRAD_ACC: at_least(1) = 1  # forward passes per optimizer step
+EPOCHS: at_least(1) = 1  # in each epoch a sample trains one block that it has not trained yet
+TOTAL_TRAIN_STEPS: at_least(0) = 0  # optimizer steps over the global batch; 0 = as many as EPOCHS gives
+SEED: between(0, 4294967295) = 42  # of the order of samples, masks, adapters and dropout
+
+# ---------------------------------------------------------------- saving and resuming
+SAVE_EVERY: at_least(0) = 0  # optimizer steps between checkpoints; 0 = once, at the end
+SAVE_DTYPE: one_of("bfloat16", "float16", "float32") = "bfloat16"  # of checkpoints; bfloat16 rounds small updates away
+SAMPLE_EVERY: at_least(0) = 0  # steps between answers to a few training prompts, written to samples.jsonl; 0 = never
+RESUME = False  # True: resume the newest unfinished run of this CKPT_DIR
+RESUME_EVERY: at_least(0) = 0  # optimizer steps between resume points; 0 = only at checkpoints
+MAX_BAD_STEPS: at_least(1) = 3  # the run stops after N steps in a row with a loss or gradient that is NaN or infinite
+
+# ---------------------------------------------------------------- speed and memory
 BF16 = True  # False = fp32, for CPUs
 GRADIENT_CHECKPOINTING = False  # True: far less activation memory, at the price of one more forward pass
 COMPILE = False  # True: torch compiles the decoder layers in the first steps; not measured on a GPU yet
@@ -55,21 +62,27 @@ COMPILE = False  # True: torch compiles the decoder layers in the first steps; n
 
 def main():
     knobs = override(globals(), sys.argv[1:])
-    import masking  # only now: a typing error in a knob is reported without waiting for torch
-    import sft
+    import masking  # only now: a mistyped knob is reported without waiting for torch
+    from blockwise import trainer
 
-    def hide(prompt_len, length, block, generator):
-        hidden, scored, p = masking.blockwise_masks(
-            prompt_len, length, block, MAX_LEN, block_size=BLOCK_SIZE, mask_prob_eps=MASK_PROB_EPS,
-            prefix_mask_rate=PREFIX_MASK_RATE, suffix_mask_prob=SUFFIX_MASK_PROB, generator=generator,
-        )  # fmt: skip
-        if BOUND_WEIGHTS:
-            answer_len = length - prompt_len
-            return hidden, masking.bound_weights(scored, p, masking.num_blocks(answer_len, BLOCK_SIZE), answer_len)
-        return hidden, masking.sample_mean_weights(scored)
+    trainer.train(knobs, noise, blocks=lambda answer_len: masking.num_blocks(answer_len, BLOCK_SIZE))
 
-    sft.train(knobs, turns=lambda answer_len: masking.num_blocks(answer_len, BLOCK_SIZE), hide=hide)
+
+def noise(batch, generator, knobs):
+    """Masks a global batch (masking.Batch) as block-by-block decoding shows it. Returns a masking.Noised."""
+    import masking
+
+    masked, supervised, p = masking.blockwise_masks(
+        batch.prompt_len, batch.length, batch.block, knobs.MAX_LEN, block_size=knobs.BLOCK_SIZE,
+        mask_prob_eps=knobs.MASK_PROB_EPS, prefix_mask_rate=knobs.PREFIX_MASK_RATE,
+        suffix_mask_prob=knobs.SUFFIX_MASK_PROB, generator=generator,
+    )  # fmt: skip
+    weights = masking.sample_mean_weights(supervised)
+    if knobs.BOUND_WEIGHTS:
+        answer_len = batch.length - batch.prompt_len
+        weights = masking.bound_weights(supervised, p, masking.num_blocks(answer_len, knobs.BLOCK_SIZE), answer_len)
+    return masking.Noised(batch.input_ids.masked_fill(masked, knobs.MASK_ID), supervised, batch.input_ids, weights)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,16 +1,15 @@
 """LLaDA checkpoints in lm-evaluation-harness, as the model type `llada`: its command line with that model added.
 
     pip install -r requirements-lm-eval.txt
-    python adapters/lm_eval_llada.py run --model llada --model_args pretrained=FOLDER,gen_length=256,block_length=32 \
+    python -m adapters.lm_eval_llada run --model llada --model_args pretrained=FOLDER,gen_length=256,block_length=32 \
         --tasks gsm8k --apply_chat_template --batch_size 16
 
-Model arguments are those of `LLaDA` below: besides `pretrained`, `dtype`, `mc_samples` and `seed`, any of settings.py.
+Model arguments are those of `LLaDA` below: `pretrained`, `adapter` (folder of LoRA adapters), `dtype`, `mc_samples` and
+`seed`, and any of blockwise/decoding/settings.py.
 They decide how answers are decoded; `max_gen_toks` and `temperature` of a task do not.
 """
 
-import sys
 from dataclasses import fields
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +18,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).parent.parent))  # last: tasks mean Hugging Face's `evaluate`, not this repository's
-
-import decode  # noqa: E402
-from cli import InputError, run  # noqa: E402
-from place import Place  # noqa: E402
-from settings import DTYPES, Settings  # noqa: E402
+from blockwise.cli import InputError, run_script
+from blockwise.decoding import decode
+from blockwise.decoding.settings import DTYPES, Settings
+from blockwise.run.ranks import Ranks
 
 
 @register_model("llada")
@@ -32,22 +29,24 @@ class LLaDA(TemplateLM):
     """Answers by block-by-block decoding; likelihoods by Monte Carlo, as LLaDA's paper has them (2502.09992, eq. 6)."""
 
     def __init__(
-        self, pretrained, dtype="auto", mc_samples=128, seed=0, batch_size=1, max_batch_size=None, device=None,
-        **settings,
+        self, pretrained, adapter=None, dtype="auto", mc_samples=128, seed=0, batch_size=1, max_batch_size=None,
+        device=None, **settings,
     ):  # fmt: skip
         super().__init__()
         if unknown := settings.keys() - {field.name for field in fields(Settings)}:
-            raise InputError(f"model_args {', '.join(sorted(unknown))}: not settings of decoding; see settings.py.")
+            raise InputError(
+                f"model_args {', '.join(sorted(unknown))} are not settings of blockwise/decoding/settings.py."
+            )
         for key, value in (("batch_size", batch_size), ("mc_samples", mc_samples)):
             if not str(value).isdigit() or int(value) < 1:
                 raise InputError(f"{key} {value}: give a number of rows, at least 1.")
         if dtype not in DTYPES:
             raise InputError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
         self.settings, self.batch_size, self.mc_samples = Settings(**settings), int(batch_size), int(mc_samples)
-        self._device = Place.from_environment().device
+        self._device = Ranks.from_environment().device
         if device and torch.cuda.is_available():  # the harness says "cuda" on machines without a GPU, too
             self._device = torch.device(device)
-        self.model, self.tokenizer = decode.load(pretrained, dtype, self._device)
+        self.model, self.tokenizer = decode.load(pretrained, dtype, self._device, adapter)
         self.pretrained, self.ends = str(pretrained), decode.end_ids(self.model, self.tokenizer)
         self.generator = torch.Generator(self._device).manual_seed(int(seed))
 
@@ -117,15 +116,15 @@ class LLaDA(TemplateLM):
         share = (start + torch.arange(self.mc_samples, device=device) / self.mc_samples) % 1
         number = 1 + (share * length).long().clamp(max=length - 1)  # (M,), M = mc_samples
         noise = torch.rand(self.mc_samples, length, generator=self.generator, device=device)
-        hidden = F.pad(noise.argsort(dim=1).argsort(dim=1) < number[:, None], (len(context), 0))  # (M, L)
+        masked = F.pad(noise.argsort(dim=1).argsort(dim=1) < number[:, None], (len(context), 0))  # (M, L)
         total = 0.0
-        for hide, some in zip(hidden.split(self.batch_size), number.split(self.batch_size)):
-            copies = ids.expand(len(hide), -1)
+        for mask, some in zip(masked.split(self.batch_size), number.split(self.batch_size)):
+            copies = ids.expand(len(mask), -1)
             logits = self.model(
-                input_ids=copies.masked_fill(hide, self.model.config.mask_token_id), logits_to_keep=hide
+                input_ids=copies.masked_fill(mask, self.model.config.mask_token_id), logits_to_keep=mask
             ).logits.float()  # (n, V)
-            weights = (length / some)[:, None].expand_as(hide)[hide]  # (n,)
-            total -= (weights * F.cross_entropy(logits, copies[hide], reduction="none")).sum().item()
+            weights = (length / some)[:, None].expand_as(mask)[mask]  # (n,)
+            total -= (weights * F.cross_entropy(logits, copies[mask], reduction="none")).sum().item()
         return total / self.mc_samples
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
@@ -133,4 +132,4 @@ class LLaDA(TemplateLM):
 
 
 if __name__ == "__main__":
-    run(cli_evaluate)
+    run_script(cli_evaluate)

@@ -17,10 +17,11 @@ from datasets import Dataset, disable_progress_bars
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-import llada
 import pt
 from benchmarks import common
-from cli import read_jsonl, run
+from blockwise.cli import read_jsonl, run_script
+from blockwise.models import hub
+from blockwise.prompts import user_message
 from experiments.make_base import CHAT_TEMPLATE, SPECIAL
 
 LLAMA_3 = (
@@ -49,7 +50,7 @@ def plain(dataset, tokenizer, max_len, output):
     header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
     rows = []
     for row in dataset:
-        chat = [pt.user_turn(row["query"])]
+        chat = [user_message(row["query"])]
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
         chat.append({"role": "assistant", "content": row["response"]})
         text = tokenizer.apply_chat_template(chat, tokenize=False).removesuffix(header)
@@ -85,8 +86,8 @@ def main():
     args = parser.parse_args()
     disable_progress_bars()
     rows = [{"query": row["question"], "response": row["answer"]} for _, row in read_jsonl(args.data)]
-    texts = [pt.user_turn(row["query"])["content"] + row["response"] for row in rows]
-    tokenizer = llada.load_tokenizer(args.model) if args.model else make_tokenizer(texts)
+    texts = [user_message(row["query"])["content"] + row["response"] for row in rows]
+    tokenizer = hub.load_tokenizer(args.model) if args.model else make_tokenizer(texts)
     dataset, device = Dataset.from_list(rows), torch.device("cpu")
     with tempfile.TemporaryDirectory() as name:
         ways = {way.__name__: way for way in (plain, ours)}
@@ -108,4 +109,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

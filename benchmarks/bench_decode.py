@@ -13,14 +13,14 @@ from dataclasses import replace
 
 import torch
 
-import decode
-import evaluate
-import pt
-import scoring
 from benchmarks import common
-from cli import run
-from place import Place
-from settings import Settings
+from blockwise import scoring
+from blockwise.cli import run_script
+from blockwise.decoding import decode
+from blockwise.decoding.settings import Settings
+from blockwise.prompts import prompt_ids, user_message
+from blockwise.run.ranks import Ranks
+from eval import load_problems
 
 OPTIONS = {
     "exact, batches": {},
@@ -36,7 +36,7 @@ OPTIONS = {
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a checkpoint, or hub id")
-    parser.add_argument("--data", help="jsonl file of problems, as for evaluate.py")
+    parser.add_argument("--data", help="jsonl file of problems, as for eval.py")
     parser.add_argument("--limit", type=int, default=32, help="problems")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--gen_length", type=int, default=32)
@@ -55,8 +55,8 @@ def load(args, device):
     """Model, prompts, function (list of answers) -> share of right ones, and ids that end an answer."""
     if args.model:
         model, tokenizer = decode.load(args.model, args.dtype, device)
-        problems, ends = evaluate.load_problems(args), decode.end_ids(model, tokenizer)
-        prompts = [pt.prompt_ids(tokenizer, [pt.user_turn(problem["question"])]) for problem in problems]
+        problems, ends = load_problems(args), decode.end_ids(model, tokenizer)
+        prompts = [prompt_ids(tokenizer, [user_message(problem["question"])]) for problem in problems]
 
         def right(answers):
             texts = [decode.completion(tokenizer, ids, ends) for ids in answers]
@@ -72,7 +72,7 @@ def load(args, device):
 def main():
     args = parse_args()
     exact = Settings(args.gen_length, args.block_length, args.gen_length)
-    device = Place.from_environment().device
+    device = Ranks.from_environment().device
     model, prompts, right, ends = load(args, device)
     answers, forwards = {}, {}
 
@@ -110,4 +110,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

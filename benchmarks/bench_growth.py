@@ -20,9 +20,9 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from benchmarks import common
+from blockwise.cli import progress
 
 ROOT = Path(__file__).parent.parent
 RANKS = 2  # as in demo.sh
@@ -36,7 +36,7 @@ SWEEPS = {
 def grow_steps(args):
     """Seconds and memory of a step for each value of each sweep; the other sizes stay as the flags say."""
     results, sizes = [], [(name, value) for name, values in SWEEPS.items() for value in values]
-    for name, value in tqdm(sizes, desc="sizes"):
+    for name, value in progress(sizes, desc="sizes"):
         batch = {"batch": 2} if name == "length" else {}
         flags = argparse.Namespace(
             **{key: vars(args)[key] for key in ("vocab_size", "d_model", "n_layers", "llada_8b")}
@@ -72,8 +72,8 @@ def start_command(rows_file):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    knobs = {"MODEL": ROOT / "demo/base", "PT_FILE": rows_file, "MASK_ID": 4, "MAX_LEN": 64, "MAX_SAMPLES": 0}
-    knobs |= {"BF16": torch.cuda.is_available(), "LORA_R": 16, "LORA_ALPHA": 32, "TOTAL_TRAIN_STEPS": 1}
+    knobs = {"MODEL_NAME": ROOT / "demo/base", "DATA_PT": rows_file, "MASK_ID": 4, "MAX_LEN": 64, "MAX_SAMPLES": 0}
+    knobs |= {"BF16": torch.cuda.is_available(), "LORA_RANK": 16, "TOTAL_TRAIN_STEPS": 1}
     launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", RANKS, "--master_port", port]
     return [*launcher, ROOT / "train_blockwise.py", "--CKPT_DIR=run/c", *(f"--{k}={v}" for k, v in knobs.items())]
 
@@ -83,7 +83,7 @@ def grow_data(args):
     results = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for rows in tqdm(args.rows, desc="rows"):
+        for rows in progress(args.rows, desc="rows"):
             make = [sys.executable, ROOT / "experiments/make_data.py", "--output", folder / "data", "--rows", rows]
             timed(make, folder)
             prepare = [sys.executable, ROOT / "pt.py", "--model", ROOT / "demo/base", "--dataset", folder / "data"]

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of writing a merged checkpoint (merge.py), against a second model that is merged in memory.
+"""Seconds and peak memory of writing a merged checkpoint, against a second model that is merged in memory.
 
     python -m benchmarks.bench_merge --gigabytes 1
 
@@ -20,32 +20,32 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from tqdm import tqdm
 
-import llada
-import merge
-import sft
 from benchmarks import common
+from blockwise.cli import progress
+from blockwise.engine import LINEARS
+from blockwise.models import checkpoint, llada
+from blockwise.models.hub import weight_files
 from experiments.make_base import make_config
 
 
 def make(folder, gigabytes, d_model, vocab_size):
-    """Writes folder/base, folder/adapter (PEFT) and folder/factors.pt (see merge.lora_factors)."""
+    """Writes folder/base, folder/adapter (PEFT) and folder/factors.pt (see checkpoint.lora_factors)."""
     layer, ends = 13 * d_model**2, 2 * vocab_size * d_model  # parameters
     n_layers = max(1, round((gigabytes * 1e9 / 2 - ends) / layer))
     torch.manual_seed(0)
     model = llada.LLaDAForCausalLM(make_config(vocab_size, d_model, n_layers)).to(torch.bfloat16)
     model.save_pretrained(folder / "base", max_shard_size="400MB")
-    config = LoraConfig(r=16, lora_alpha=32, target_modules=sft.LINEARS, init_lora_weights=False)
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, init_lora_weights=False)
     model = get_peft_model(model, config, autocast_adapter_dtype=False)
     model.save_pretrained(folder / "adapter")
-    torch.save(merge.lora_factors(model), folder / "factors.pt")
+    torch.save(checkpoint.lora_factors(model), folder / "factors.pt")
 
 
 def ours(folder, out):
     out.mkdir()
-    merge.merge_weights(folder / "base", out, torch.load(folder / "factors.pt"))
-    merge.copy_side_files(folder / "base", out)
+    checkpoint.merge_weights(folder / "base", out, torch.load(folder / "factors.pt"))
+    checkpoint.copy_side_files(folder / "base", out)
 
 
 def plain(folder, out):
@@ -67,8 +67,8 @@ def measure(way, folder, args):
 def difference(folder):
     """The largest difference of two results, and the largest weight of one of them."""
     gap = largest = 0.0
-    theirs = {name: file for file in llada.weight_files(folder / "plain") for name in names(file)}
-    for file in llada.weight_files(folder / "ours"):
+    theirs = {name: file for file in weight_files(folder / "plain") for name in names(file)}
+    for file in weight_files(folder / "ours"):
         for name in names(file):
             with safe_open(file, "pt") as a, safe_open(theirs[name], "pt") as b:
                 mine, other = a.get_tensor(name).float(), b.get_tensor(name).float()
@@ -96,8 +96,8 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder, runs = Path(name), {"plain": [], "ours": []}
         common.own_process(__spec__.name, args, way="make", folder=name)
-        size = sum(file.stat().st_size for file in llada.weight_files(folder / "base"))
-        for _ in tqdm(range(args.repeats), desc="repeats"):
+        size = sum(file.stat().st_size for file in weight_files(folder / "base"))
+        for _ in progress(range(args.repeats), desc="repeats"):
             for way, results in runs.items():
                 shutil.rmtree(folder / way, ignore_errors=True)
                 os.sync()  # so that no run waits for the disk because of the one before it

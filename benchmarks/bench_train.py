@@ -21,21 +21,21 @@ from peft.tuners.lora import LoraLayer
 from torch.utils.data import DataLoader
 
 import masking
-import sft
 from benchmarks import common
-from place import Place
+from blockwise import engine
+from blockwise.run.ranks import Ranks
 
 BLOCK, EPS, MASK, ROWS = 32, 1e-3, 4, 64
 
 
 @dataclass
 class Step:
-    """What a variant does. With the defaults it is the step of sft.py."""
+    """What a variant does. With the defaults it is the step of blockwise/trainer.py."""
 
     rows: str = "tensor"  # or "loader": a DataLoader over a list of rows
     masks: str = "tensor"  # or "lists"
     attention: str = "free"  # or "materialised"
-    head: str = "scored"  # or "all"
+    head: str = "supervised"  # or "all"
     dropout: float = 0.0
     checkpointing: bool = False
     compiled: bool = False
@@ -61,10 +61,10 @@ class Trainer:
         self.args, self.device = args, device
         model = common.random_model(args, device)
         self.config = model.config
-        lora = LoraConfig(r=args.rank, target_modules=sft.LINEARS)
+        lora = LoraConfig(r=args.rank, target_modules=engine.LINEARS)
         self.model = get_peft_model(model, lora, autocast_adapter_dtype=False)
         self.model.train()  # without dropout this changes nothing but to allow checkpointing
-        sft.compile_layers(self.model)  # nothing is compiled before the first call
+        engine.compile_layers(self.model)  # nothing is compiled before the first call
         self.compiled = [layer._compiled_call_impl for layer in model.model.layers]
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(8, self.config.vocab_size, (ROWS, args.length), generator=generator)  # (N, L)
@@ -95,7 +95,7 @@ class Trainer:
         return blocks // 2, torch.Generator(self.device).manual_seed(self.args.seed)
 
     def masks(self, how, prompt_len, length):
-        """hidden and scored, (B, L) bool."""
+        """masked and supervised, (B, L) bool."""
         block, generator = self.draws(prompt_len, length)
         if how == "lists":
             return masks_by_lists(prompt_len, length, block, self.args.length, generator)
@@ -118,14 +118,14 @@ class Trainer:
 
     def loss(self, step):
         ids, prompt_len, length = self.batch(step.rows)
-        hidden, scored = self.masks(step.masks, prompt_len, length)
-        inputs, weights = {"input_ids": ids.masked_fill(hidden, MASK)}, masking.sample_mean_weights(scored)
+        masked, supervised = self.masks(step.masks, prompt_len, length)
+        inputs, weights = {"input_ids": ids.masked_fill(masked, MASK)}, masking.sample_mean_weights(supervised)
         if step.attention == "materialised":  # (B, 1, L, L): nothing is forbidden
             shape = (len(ids), 1, ids.shape[1], ids.shape[1])
             inputs["attention_mask"] = torch.zeros(shape, dtype=self.model.dtype, device=self.device)
-        if step.head == "scored":
-            logits = self.model(**inputs, logits_to_keep=scored).logits  # (n, V)
-            return masking.loss(logits, ids[scored], weights[scored])
+        if step.head == "supervised":
+            logits = self.model(**inputs, logits_to_keep=supervised).logits  # (n, V)
+            return masking.weighted_nll(logits, masking.Noised(inputs["input_ids"], supervised, ids, weights))
         logits = self.model(**inputs).logits.float()  # (B, L, V)
         entropy = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")  # (B * L,)
         return (entropy * weights.flatten()).sum()
@@ -144,16 +144,16 @@ def masks_by_lists(prompt_len, length, block, max_len, generator):
     uniform = {"generator": generator, "device": prompt_len.device}
     p = (EPS + (1 - EPS) * torch.rand(len(prompt_len), 1, **uniform)).flatten().tolist()
     u = torch.rand(len(prompt_len), max_len, **uniform).tolist()
-    hidden, scored = [], []
+    masked, supervised = [], []
     for row, (prompt, end, active) in enumerate(zip(prompt_len.tolist(), length.tolist(), block.tolist())):
         start = prompt + active * BLOCK
-        hidden.append([False] * max_len)
-        scored.append([False] * max_len)
+        masked.append([False] * max_len)
+        supervised.append([False] * max_len)
         for i in range(start, min(start + BLOCK, end)):
-            hidden[row][i] = scored[row][i] = u[row][i] < p[row]
+            masked[row][i] = supervised[row][i] = u[row][i] < p[row]
         for i in range(start + BLOCK, end):
-            hidden[row][i] = True
-    return torch.tensor(hidden, device=prompt_len.device), torch.tensor(scored, device=prompt_len.device)
+            masked[row][i] = True
+    return torch.tensor(masked, device=prompt_len.device), torch.tensor(supervised, device=prompt_len.device)
 
 
 def parse_args():
@@ -172,7 +172,7 @@ def parse_args():
 
 
 def measure(args, device, names):
-    """Seconds of each repeat and the loss of each variant, and the number of scored positions."""
+    """Seconds of each repeat and the loss of each variant, and the number of supervised positions."""
     trainer, losses = Trainer(args, device), {}
     variants = {name: lambda name=name: losses.update({name: trainer.run(VARIANTS[name])}) for name in names}
     times = common.in_turn(variants, args.repeats, device)
@@ -182,15 +182,15 @@ def measure(args, device, names):
 
 def main():
     args = parse_args()
-    device = Place.from_environment().device
+    device = Ranks.from_environment().device
     if args.only:
         times, _, _, _ = measure(args, device, [args.only])
         print(json.dumps({"seconds": times[args.only], "mb": common.peak_memory_mb()}))
         return
     names = [name for name, step in VARIANTS.items() if args.compile or not step.compiled]
     memory = {name: common.own_process(__spec__.name, args, repeats=1, only=name)["mb"] for name in names}
-    times, losses, scored, config = measure(args, device, names)
-    print(f"{scored} of {args.batch * args.length:,} positions are scored, loss {losses['ours']:.5f}")
+    times, losses, supervised, config = measure(args, device, names)
+    print(f"{supervised} of {args.batch * args.length:,} positions are supervised, loss {losses['ours']:.5f}")
     print(f"{'':34}  s/step  times 'ours' (min - max)   memory in MB  loss - ours")
     report = {}
     for name in names:
@@ -200,11 +200,13 @@ def main():
         line = f"{name:34} {statistics.median(times[name]):7.3f}  {ratio[0]:6.2f} ({low:.2f} - {high:.2f})"
         print(f"{line} {memory[name]:18,.0f}  {losses[name] - losses['ours']:11.1e}")
     ceiling, tokens = common.matmul_ceiling(device), args.batch * args.length
-    flops = common.step_flops(config, args.rank, tokens, args.length, scored)
+    flops = common.step_flops(config, args.rank, tokens, args.length, supervised)
     share = flops / statistics.median(times["ours"]) / ceiling
     print(f"ours: {tokens / statistics.median(times['ours']):,.0f} tokens/s, {flops / tokens / 1e9:.3f} GFLOP a token:")
     print(f"{share:.0%} of the matmul ceiling of this machine, {ceiling / 1e12:.3f} TFLOP/s")
-    common.print_json(args, variants=report, scored=scored, matmul_tflops=ceiling / 1e12, share_of_ceiling=share)
+    common.print_json(
+        args, variants=report, supervised=supervised, matmul_tflops=ceiling / 1e12, share_of_ceiling=share
+    )
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tqdm import tqdm
 
-import llada
-import sft
+from blockwise import engine
+from blockwise.cli import progress
+from blockwise.models import llada
 from experiments.make_base import make_config
 
 LLADA_8B = {
@@ -34,7 +34,7 @@ def add_model_flags(parser, d_model=256, n_layers=4):
     parser.add_argument("--vocab_size", type=int, default=126464)
     parser.add_argument("--d_model", type=int, default=d_model)
     parser.add_argument("--n_layers", type=int, default=n_layers)
-    parser.add_argument("--llada_8b", action="store_true", help="LLaDA-8B's sizes in place of these three")
+    parser.add_argument("--llada_8b", action="store_true", help="LLaDA-8B's sizes instead of these three")
 
 
 def random_model(args, device):
@@ -56,14 +56,14 @@ def parameters(config, rank):
     with torch.device("meta"):
         model = llada.LLaDAForCausalLM(config)
         base = model.num_parameters()
-        model = get_peft_model(model, LoraConfig(r=rank, target_modules=sft.LINEARS))
+        model = get_peft_model(model, LoraConfig(r=rank, target_modules=engine.LINEARS))
     return base, model.num_parameters(only_trainable=True)
 
 
 def in_turn(variants, repeats, device):
     """{name: function} -> {name: seconds of each repeat}. All run in turn; a first round, not counted, warms up."""
     times = {name: [] for name in variants}
-    for repeat in tqdm(range(repeats + 1), desc="repeats"):
+    for repeat in progress(range(repeats + 1), desc="repeats"):
         for name, function in variants.items():
             began = time.perf_counter()
             function()

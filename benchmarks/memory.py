@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-import llada
-import sft
 import train_blockwise as defaults
 from benchmarks.common import LLADA_8B, parameters
+from blockwise.engine import LINEARS
+from blockwise.models import llada
 
 GB = 1e9
 
@@ -34,7 +34,7 @@ def saved_bytes_per_token(config, dropout, tokens=16):
     """Bytes that one adapted layer keeps for its backward pass, per token, in bf16; each storage counted once."""
     config._attn_implementation = "sdpa"
     torch.set_default_dtype(torch.bfloat16)
-    lora = LoraConfig(r=defaults.LORA_R, lora_dropout=dropout, target_modules=sft.LINEARS)
+    lora = LoraConfig(r=defaults.LORA_RANK, lora_dropout=dropout, target_modules=LINEARS)
     model = get_peft_model(OneLayer(config), lora, autocast_adapter_dtype=False)
     torch.set_default_dtype(torch.float32)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
@@ -55,14 +55,14 @@ def saved_bytes_per_token(config, dropout, tokens=16):
 
 def main():
     config = llada.LLaDAConfig.from_dict(LLADA_8B)
-    base, lora = parameters(config, defaults.LORA_R)
+    base, lora = parameters(config, defaults.LORA_RANK)
     print(f"base {base:,} parameters x 2 bytes = {base * 2 / GB:.1f} GB")
     print(f"adapters {lora:,} x 2 bytes = {lora * 2 / GB:.2f} GB, their gradients as much")
     print(f"optimizer {lora:,} x 12 bytes (fp32 copy, two moments) = {lora * 12 / GB:.1f} GB / GPUs")
     per_token = {dropout: saved_bytes_per_token(config, dropout) for dropout in (0.0, defaults.LORA_DROPOUT)}
     for dropout, size in per_token.items():
         print(f"a layer saves {size / 1e3:.0f} kB per token with LORA_DROPOUT={dropout}")
-    print(f"\nGB per GPU at MAX_LEN {defaults.MAX_LEN}, LORA_R {defaults.LORA_R}, block-wise:")
+    print(f"\nGB per GPU at MAX_LEN {defaults.MAX_LEN}, LORA_RANK {defaults.LORA_RANK}, block-wise:")
     print(f"{'MICRO_BSIZE':>11} {'LORA_DROPOUT':>12} {'checkpointing':>13} {'1 GPU':>7} {'8 GPUs':>7}")
     for rows in (32, 16, 8):
         for dropout, size in per_token.items():

@@ -12,9 +12,9 @@ to overlap with nothing.
 
 import argparse
 
-import llada
 import train_blockwise as defaults
 from benchmarks import common
+from blockwise.models import llada
 
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 GB = 1e9
@@ -36,10 +36,10 @@ def main():
     parser.add_argument("--network", type=float, default=50, help="GB/s per GPU between machines (400 Gbit/s each)")
     args = parser.parse_args()
     config = llada.LLaDAConfig.from_dict(common.LLADA_8B)
-    _, lora = common.parameters(config, defaults.LORA_R)
+    _, lora = common.parameters(config, defaults.LORA_RANK)
     tokens = defaults.MICRO_BSIZE * defaults.MAX_LEN
-    heads = defaults.MICRO_BSIZE * defaults.BLOCK_SIZE // 2  # on average, half of a block is scored
-    flops = common.step_flops(config, defaults.LORA_R, tokens, defaults.MAX_LEN, heads)
+    heads = defaults.MICRO_BSIZE * defaults.BLOCK_SIZE // 2  # on average, half of a block is supervised
+    flops = common.step_flops(config, defaults.LORA_RANK, tokens, defaults.MAX_LEN, heads)
     print(
         f"{flops / tokens / 1e9:.1f} GFLOP per token; adapters and their gradients {2 * lora / GB:.2f} GB each in bf16"
     )

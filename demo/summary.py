@@ -11,12 +11,12 @@ from statistics import fmean, median
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import blockwise  # noqa: F401  (registers the model type, so that the Auto classes below work)
 import chat
-import decode
-import evaluate
-import llada  # noqa: F401  (registers the model type, so that the Auto classes below work)
-import pt
-from settings import Settings
+from blockwise.decoding import decode
+from blockwise.decoding.settings import Settings
+from blockwise.prompts import prompt_ids, user_message
+from eval import figures, read_answers
 
 BASE = Path("demo/base")
 
@@ -36,7 +36,7 @@ def show_answer(folder, answers, block_size):
     """Prints how a checkpoint answers the first problem."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    prompt = pt.prompt_ids(tokenizer, [pt.user_turn(answers[0]["question"])])
+    prompt = prompt_ids(tokenizer, [user_message(answers[0]["question"])])
     settings = Settings(4 * block_size, block_size, 4 * block_size)
     print(f"{folder} answers {answers[0]['question']}   (right: {answers[0]['gold']!r})")
     ends = decode.end_ids(model, tokenizer)
@@ -54,8 +54,8 @@ def main():
         (label, *trained(run, name)) for name, label in (("fullseq", "full sequence"), ("blockwise", "block-wise"))
     ]
     for label, training, folder in rows:
-        answers = evaluate.read_answers(run / "results" / f"{folder.name}-gsm8k")
-        share, (low, high), *_ = evaluate.figures(list(answers.values()))
+        answers = read_answers(run / "results" / f"{folder.name}-gsm8k")
+        share, (low, high), *_ = figures(list(answers.values()))
         print(f"{label:<14}{training:<39}{share:>9.1%}{f'{low:.1%} - {high:.1%}':>17}  {folder}")
     print(f"\nFirst and last loss are means over a tenth of the steps; curves: {run / 'loss.png'}. Pass@1 is on")
     print(f"{len(answers)} problems that were not trained on, in blocks of {block_size}.\n")

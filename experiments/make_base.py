@@ -15,12 +15,13 @@ from statistics import fmean
 import torch
 from datasets import load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-import llada
 import masking
 import pt
+from blockwise.cli import progress
+from blockwise.models import llada
+from blockwise.prompts import user_message
 
 # LLaDA's special tokens and chat template (hub: tokenizer_config.json), here with the first ids of the vocabulary
 SPECIAL = ["<|startoftext|>", "<|endoftext|>", "[CLS]", "[gMASK]", "<|mdm_mask|>"]
@@ -36,7 +37,7 @@ CHAT_TEMPLATE = (
 def make_tokenizer(texts, vocab_size):
     """A byte-level BPE tokenizer trained on texts, with LLaDA's special tokens and chat template.
 
-    Every digit is a token. Other tokens may span words: the prompt of training (pt.INSTRUCTION) becomes a few of them.
+    Every digit is a token. Other tokens may span words: the INSTRUCTION of training becomes a few of them.
     """
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
@@ -64,7 +65,7 @@ def make_config(vocab_size, d_model, n_layers):
     so for thousands of steps.
     """
     return llada.LLaDAConfig.from_dict(
-        llada.ONLY
+        llada.SUPPORTED_VALUES
         | {
             "model_type": "llada", "architectures": ["LLaDAModelLM"], "dtype": "bfloat16",
             "d_model": d_model, "n_layers": n_layers, "n_heads": d_model // 32, "n_kv_heads": d_model // 32,
@@ -86,16 +87,18 @@ def pretrain(model, rows, steps, batch_size, lr):
     )
     prompt_len, length = torch.tensor([(start, len(ids)) for start, ids in rows]).T
     losses = deque(maxlen=50)
-    bar = tqdm(range(1, steps + 1), desc="pre-training", unit="step")
+    bar = progress(range(1, steps + 1), desc="pre-training", unit="step")
     for step in bar:
         some = torch.randint(len(ids), (batch_size,), generator=generator)
         longest = int(length[some].max())
         batch = ids[some, :longest]  # (B, L)
-        hidden, scored, _ = masking.full_sequence_masks(
+        masked, supervised, _ = masking.full_sequence_masks(
             prompt_len[some], length[some], longest, mask_prob_eps=1e-3, generator=generator
         )
-        logits = model(input_ids=batch.masked_fill(hidden, MASK_ID), logits_to_keep=scored).logits  # (n, V)
-        loss = masking.loss(logits, batch[scored], masking.sample_mean_weights(scored)[scored])
+        weights = masking.sample_mean_weights(supervised)
+        noised = masking.Noised(batch.masked_fill(masked, MASK_ID), supervised, batch, weights)
+        logits = model(input_ids=noised.input_ids, logits_to_keep=supervised).logits  # (n, V)
+        loss = masking.weighted_nll(logits, noised)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -121,7 +124,7 @@ def main():
 
     dataset = load_dataset(args.data, split="train")
     texts = [
-        ["user", "\n\n" + pt.user_turn(row["query"])["content"], "assistant", "\n\n" + row["response"]]
+        ["user", "\n\n" + user_message(row["query"])["content"], "assistant", "\n\n" + row["response"]]
         for row in dataset.select(range(min(3000, len(dataset))))
     ]
     tokenizer = make_tokenizer(sum(texts, []), vocab_size=min(args.vocab_size, 4096))

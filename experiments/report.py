@@ -1,6 +1,6 @@
 """results.csv as one table and one figure per claim: means over the seeds with 95 % intervals.
 
-    python experiments/report.py
+    python -m experiments.report
 
 Writes experiments/report.md and experiments/figures/*.png. The intervals are Student's t over the seeds: they tell how
 much another seed would change, not another base, other problems or another task.
@@ -8,7 +8,6 @@ much another seed would change, not another base, other problems or another task
 
 import argparse
 import csv
-import sys
 from pathlib import Path
 from statistics import fmean, median, stdev
 
@@ -18,9 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent))
-
-from cli import InputError, run  # noqa: E402
+from blockwise.cli import InputError, run_script  # noqa: E402
 from experiments.run import CLAIMS, COLUMNS  # noqa: E402
 
 TITLES = {
@@ -28,7 +25,7 @@ TITLES = {
     "C2": "block-wise against full-sequence at equal supervised tokens",
     "C3": "training block size against decoding block size, at equal steps",
     "C4": "noise in the prefix",
-    "C5": "share of the suffix that is hidden",
+    "C5": "share of the suffix that is masked",
     "K1": "no blocks: from a block's start to the end of the answer",
     "K2": "block loss with a visible future",
     "K3": "the padding up to MAX_LEN as part of the answer, decoded with gen_length 28",
@@ -38,11 +35,11 @@ TITLES = {
 }
 HEAD = """# Results
 
-Written by `python experiments/report.py` from results.csv. Every training starts from demo/base and has the same 1,600
+Written by `python -m experiments.report` from results.csv. Every training starts from demo/base and has the same 1,600
 problems; every row is decoded on the same 300 others, in blocks of 4 tokens if nothing else is said. Pass@1: the whole
 number is right. Token accuracy: the share of its 13 digits that are right, by position. ± is a 95 % interval over the
 seeds (Student's t); "against" is the difference to the first row with several seeds, paired by seed. Supervised tokens:
-hidden and scored, in the whole training. Seconds: steps times the median step, on one CPU core.
+masked and supervised, in the whole training. Seconds: steps times the median step, on one CPU core.
 """
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, two-sided, for 2 to 10 seeds
 
@@ -136,4 +133,4 @@ def draw(claim, settings, path):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,7 +1,7 @@
 """The paper's claims on a tiny model, each re-run by one command: real trainers, real decoder, a row of CSV per run.
 
-    python experiments/run.py C1 C2 --seeds 5
-    python experiments/report.py
+    python -m experiments.run C1 C2 --seeds 5
+    python -m experiments.report
 
 A run is one training (shared by all settings that need the same one) and one decoding of the held-out problems. What is
 in the CSV already is not run again, so that an interrupted command continues where it was. To run again what is in the
@@ -23,19 +23,17 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from blockwise.cli import InputError, progress, run_script
+from blockwise.run import files
+from experiments.make_data import DIGITS
+
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT))
-
-import files  # noqa: E402
-from cli import InputError, run  # noqa: E402
-from experiments.make_data import DIGITS  # noqa: E402
-
 BASE = ROOT / "demo/base"
 ROWS, BATCH, HELD_OUT = 1_600, 32, 300  # every training has the same rows; an epoch is 50 steps
 BLOCK, GEN_LENGTH = 4, 16  # an answer has 16 tokens, the last 13 of them digits
 KNOBS = {
     "MASK_ID": 4, "MAX_LEN": 52, "MAX_SAMPLES": 0, "BF16": False, "MICRO_BSIZE": BATCH, "LR": 2e-3,
-    "LORA_R": 16, "LORA_ALPHA": 32, "LORA_DROPOUT": 0.0,
+    "LORA_RANK": 16, "LORA_DROPOUT": 0.0,
 }  # fmt: skip
 COLUMNS = ["claim", "setting", "seed", "steps", "supervised_tokens", "seconds", "pass_at_1", "token_accuracy", "n"]
 BLOCKWISE, FULLSEQ, CAUSAL = "train_blockwise.py", "train_fullseq.py", "experiments/train_causal.py"
@@ -70,7 +68,7 @@ CLAIMS = {
         for block in (1, 4, 8, 16)
     ],
     "C4": [Setting(f"prefix noise {rate}", knobs={"PREFIX_MASK_RATE": rate}) for rate in (0.0, 0.1, 0.2, 0.5)],
-    "C5": [Setting(f"suffix hidden {rate}", knobs={"SUFFIX_MASK_PROB": rate}) for rate in (1.0, 0.5, 0.0)],
+    "C5": [Setting(f"suffix masked {rate}", knobs={"SUFFIX_MASK_PROB": rate}) for rate in (1.0, 0.5, 0.0)],
     "K1": [Setting("block-wise"), Setting("rest of the answer", CAUSAL)],
     "K2": [Setting("block-wise"), Setting("visible future", knobs={"SUFFIX_MASK_PROB": 0.0})],
     "K3": [  # 12 tokens of padding behind the answer
@@ -109,7 +107,6 @@ def main():
     if args.smoke and Path(args.results).resolve() == ROOT / "experiments/results.csv":
         raise InputError("--smoke is too small for results.csv; name another --results.")
     import transformers
-    from tqdm import tqdm
 
     transformers.utils.logging.disable_progress_bar()  # there is one of all runs
     rows, held_out = (4 * BATCH, 20) if args.smoke else (ROWS, HELD_OUT)
@@ -124,7 +121,7 @@ def main():
         raise InputError(f"--work {work} or --results {results} cannot be written: {error}") from error
     rows_file = prepare(work, rows)
     todo = [(claim, setting, seed) for seed in range(args.seeds) for claim in args.claims for setting in CLAIMS[claim]]
-    for claim, setting, seed in tqdm(todo, desc="runs", unit="run"):
+    for claim, setting, seed in progress(todo, desc="runs", unit="run"):
         once = not setting.script and seed  # there are no seeds in the base
         if not once and (claim, setting.name, str(seed)) not in done:
             folder, training = train(setting, seed, rows_file, work)
@@ -147,8 +144,8 @@ def prepare(work, number):
 
         import pt
 
-        rows = torch.load(work / "whole.pt")
-        pt.save([(row["prompt_len"], row["full_ids"][:-1].numpy()) for row in rows], output)
+        samples = torch.load(work / "whole.pt")
+        pt.save([(sample["prompt_len"], sample["full_ids"][:-1].numpy()) for sample in samples], output)
     return output
 
 
@@ -159,14 +156,15 @@ def train(setting, seed, rows_file, work):
     defaults = vars(importlib.import_module(setting.script.removesuffix(".py").replace("/", ".")))
     knobs = KNOBS | {"SEED": seed} | ({} if setting.script == FULLSEQ else {"BLOCK_SIZE": BLOCK}) | setting.knobs
     knobs = {name: value for name, value in knobs.items() if value != defaults[name]}
-    code = [file.read_bytes() for file in (*sorted(ROOT.glob("*.py")), BASE / "model.safetensors", rows_file)]
+    sources = sorted([*ROOT.glob("*.py"), *ROOT.glob("blockwise/**/*.py"), ROOT / setting.script])
+    code = [file.read_bytes() for file in (*sources, BASE / "model.safetensors", rows_file)]
     name = hashlib.sha256(repr((setting.script, sorted(knobs.items()), code)).encode()).hexdigest()[:12]
     folder = next(iter(work.glob(f"{name}_step*")), None)
     if not folder:
         for left in work.glob(f"{name}_*"):  # of an interrupted training
             files.lock(left)  # unless that goes on by itself
             shutil.rmtree(left)
-        knobs |= {"MODEL": BASE, "PT_FILE": rows_file, "CKPT_DIR": work / name}
+        knobs |= {"MODEL_NAME": BASE, "DATA_PT": rows_file, "CKPT_DIR": work / name}
         command(work, setting.script, *(f"--{key}={value}" for key, value in knobs.items()))
         (folder,) = work.glob(f"{name}_step*")
     with open(work / f"{name}_logs" / "metrics.csv", newline="") as file:
@@ -183,8 +181,11 @@ def command(work, script, *flags):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    whole = [str(part) for part in (sys.executable, ROOT / script, *flags)]
-    done = subprocess.run(whole, env=os.environ | rank, cwd=work, capture_output=True, text=True)
+    what = [ROOT / script] if "/" not in script else ["-m", script.removesuffix(".py").replace("/", ".")]
+    whole = [str(part) for part in (sys.executable, *what, *flags)]
+    done = subprocess.run(
+        whole, env=os.environ | rank | {"PYTHONPATH": str(ROOT)}, cwd=work, capture_output=True, text=True
+    )
     if done.returncode:
         raise InputError(f"this command failed: {' '.join(whole)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
@@ -193,16 +194,16 @@ def evaluate(folder, settings, number):
     """Pass@1 of a checkpoint on the held-out problems, and the share of their digits that are right, by position."""
     import torch
 
-    import decode
-    import pt
-    import scoring
+    from blockwise import scoring
+    from blockwise.decoding import decode
+    from blockwise.decoding.settings import Settings
+    from blockwise.prompts import prompt_ids, user_message
     from experiments.make_data import problem
-    from settings import Settings
 
     model, tokenizer = decode.load(folder, "float32", torch.device("cpu"))
     ends, rng = decode.end_ids(model, tokenizer), random.Random("held out")
     problems = [problem(rng) for _ in range(number)]
-    prompts = [pt.prompt_ids(tokenizer, [pt.user_turn(row["query"])]) for row in problems]
+    prompts = [prompt_ids(tokenizer, [user_message(row["query"])]) for row in problems]
     right, digits = 0, []
     for start in range(0, number, 100):
         some = problems[start : start + 100]
@@ -233,4 +234,4 @@ def append(results, row):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -7,21 +7,23 @@ type `llada`, so that `AutoModelForCausalLM.from_pretrained(folder, dtype="auto"
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from cli import InputError
+from blockwise.cli import InputError
+from blockwise.models import hub
+from blockwise.run.files import TENSOR_BYTES
 
 if int(transformers.__version__.split(".")[0]) < 5:
-    raise ImportError("llada.py needs transformers >= 5: earlier versions ignore is_causal and would stay causal")
+    raise ImportError("blockwise needs transformers >= 5: earlier versions ignore is_causal and would stay causal")
 
 # key in the hub's config.json -> Llama's name for it
 CONFIG_KEYS = {
@@ -35,7 +37,7 @@ CONFIG_KEYS = {
     "weight_tying": "tie_word_embeddings",
 }
 # what the hub's code could do besides, and a Llama cannot: a config that asks for it must not load as something else
-ONLY = {
+SUPPORTED_VALUES = {
     "block_type": "llama", "block_group_size": 1, "layer_norm_type": "rms", "activation_type": "silu",
     "hidden_act": "silu", "rope": True, "rope_scaling": None, "alibi": False, "clip_qkv": None, "is_causal": False,
     "include_bias": False, "include_qkv_bias": False, "bias_for_layer_norm": False, "attention_layer_norm": False,
@@ -69,13 +71,13 @@ class LLaDAConfig(LlamaConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        for key, value in ONLY.items():
+        for key, value in SUPPORTED_VALUES.items():
             if config_dict.get(key, value) != value:
                 raise InputError(f"config.json: {key}={config_dict[key]!r} is not supported, only {value!r} is.")
         renamed = dict(config_dict)
-        for hub, llama in CONFIG_KEYS.items():
-            if renamed.get(hub) is not None:
-                renamed[llama] = renamed.pop(hub)
+        for key, llama in CONFIG_KEYS.items():
+            if renamed.get(key) is not None:
+                renamed[llama] = renamed.pop(key)
         for key in ("d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size"):
             size = renamed.get(CONFIG_KEYS.get(key, key))
             if type(size) is not int or size < 1:
@@ -106,7 +108,7 @@ register_checkpoint_conversion_mapping(
 )
 
 
-def hub_name(tensor):
+def hub_name(tensor: str) -> str:
     """The name in the hub's files of a tensor of LLaDAForCausalLM, as `model.layers.3.mlp.up_proj.weight`."""
     module, _, kind = tensor.rpartition(".")
     layer = re.search(r"\.(\d+)\.", module)
@@ -116,26 +118,8 @@ def hub_name(tensor):
     return names[module] + "." + kind
 
 
-def local_folder(name, patterns=None):
-    """The folder of a model: `name` itself if it is one, else the hub's model of that name, downloaded if need be.
-
-    patterns: download only files whose names match one of these. Raises InputError.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
-        raise InputError(f"{name} is not a local folder, and the hub does not give it: {reason(error)}") from error
-
-
-def reason(error):
-    """What an error of a library says, in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def load_config(folder):
-    """The config of the LLaDA checkpoint in a folder. Raises InputError if it is none."""
+def load_config(folder: str | Path) -> LLaDAConfig:
+    """The config of the LLaDA checkpoint in a folder. Raises InputError if it is not one."""
     path = Path(folder) / "config.json"
     try:
         model_type = json.loads(path.read_text())["model_type"]
@@ -150,46 +134,13 @@ def load_config(folder):
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
     except (StrictDataclassError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise InputError(f"{path} has a value that no LLaDA has: {reason(error)}") from error
+        raise InputError(f"{path} has a value that no LLaDA has: {hub.reason(error)}") from error
 
 
-def load_tokenizer(name):
-    """The tokenizer of a local folder or hub model, of any model type; never runs or asks for remote code."""
-    folder = local_folder(name, ["*.json", "*.jinja", "*.txt", "*.model"])
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, LookupError) as error:
-        raise InputError(f"{name}: no tokenizer can be loaded from it: {reason(error)}") from error
-
-
-def weight_files(folder):
-    """The safetensors files of a checkpoint folder, in the order of their names. Raises InputError."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.exists():
-        if (folder / "model.safetensors").exists():
-            raise InputError(
-                f"{folder} has model.safetensors and also {index.name}; remove the one that is not wanted."
-            )
-        try:
-            content = json.loads(index.read_text())
-            names = set(content["weight_map"].values())
-            known = content["metadata"] is not None and all(isinstance(name, str) for name in names)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            known = False
-        if not known:
-            raise InputError(f"{index} is not a safetensors index; fetch the model again.")
-    for name in names:
-        if not (folder / name).is_file():
-            raise InputError(f"{folder} has no weights: {name} is missing; fetch the model again.")
-    return [folder / name for name in sorted(names)]
-
-
-def check_tensors(folder, config):
+def check_tensors(folder: str | Path, config: LLaDAConfig) -> None:
     """Compares the names and shapes in a checkpoint's files with what the config needs, before anything is loaded."""
     found = {}
-    for file in weight_files(folder):
+    for file in hub.weight_files(folder):
         try:
             with safe_open(file, "pt") as tensors:
                 found |= {name: (tensors.get_slice(name), file.name) for name in tensors.offset_keys()}
@@ -204,7 +155,7 @@ def check_tensors(folder, config):
         tensor, file = found[name]
         if tensor.get_shape() != shape:
             raise InputError(f"{folder}/{file}: tensor {name} is {tensor.get_shape()}, its config says {shape}.")
-        if tensor.get_dtype() not in ("BF16", "F16", "F32", "F64"):
+        if tensor.get_dtype() not in TENSOR_BYTES:
             raise InputError(
                 f"{folder}/{file}: tensor {name} is {tensor.get_dtype()}; quantized weights cannot be used."
             )
@@ -213,13 +164,17 @@ def check_tensors(folder, config):
             raise InputError(f"{folder}/{file}: unexpected tensor {name}; a LLaDA of this config has none.")
 
 
-def load_model(folder, dtype="auto", device="cpu"):
+def load_model(
+    folder: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+) -> LLaDAForCausalLM:
     """Loads a checkpoint folder in the hub's format, every tensor checked by name and shape. Raises InputError."""
     config = load_config(folder)
     check_tensors(folder, config)
+    if not sys.stderr.isatty():  # a bar that is redrawn would fill the file
+        transformers.utils.logging.disable_progress_bar()
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=dtype, device_map={"": device}, output_loading_info=True, trust_remote_code=False
     )
-    if info["missing_keys"] or info["unexpected_keys"]:  # transformers would go on, with random weights
+    if info["missing_keys"] or info["unexpected_keys"]:  # transformers would continue, with random weights
         raise RuntimeError(f"this version of transformers did not rename the tensors of {folder}: {info}")
     return model

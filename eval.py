@@ -1,10 +1,10 @@
 """Pass@1 on math problems, decoding block by block: of one checkpoint, or of two on the same problems.
 
-    python evaluate.py --model ckpts_stagewise_sft_32_step0025 --task gsm8k
-    python evaluate.py --compare GSAI-ML/LLaDA-8B-Instruct ckpts_stagewise_sft_32_step0025 --task math500
-    deepspeed --num_gpus 8 evaluate.py --model FOLDER --task gsm8k
+    python eval.py --model ckpts_stagewise_sft_32_step0025 --task gsm8k
+    python eval.py --compare GSAI-ML/LLaDA-8B-Instruct ckpts_stagewise_sft_32_step0025 --task math500
+    deepspeed --num_gpus 8 eval.py --model FOLDER --task gsm8k
 
-Problems get the prompt and chat template of training (pt.py). {output}/{model}-{task}/answers.jsonl has a line for each
+Problems get the prompt and chat template of training. {output}/{model}-{task}/answers.jsonl has a line for each
 problem; the same command again continues an interrupted run, or, once it is complete, only prints its figures.
 """
 
@@ -17,20 +17,20 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import files
-import pt
-from cli import InputError, read_jsonl, run
-from settings import add_flags, from_flags
+from blockwise.cli import InputError, progress, read_jsonl, run_script
+from blockwise.decoding.settings import add_flags, from_flags
+from blockwise.prompts import prompt_ids, user_message
+from blockwise.run import files
 
 
 @dataclass
 class Task:
-    """Where the problems of a benchmark are on the hub; scoring.py says when an answer is right."""
+    """Where the problems of a benchmark are on the hub; blockwise/scoring.py says when an answer is right."""
 
     dataset: str
     config: str
     split: str
-    rule: str  # a function of scoring.py: (completion, gold) -> bool
+    rule: str  # a function of blockwise/scoring.py: (completion, gold) -> bool
 
 
 TASKS = {
@@ -46,9 +46,9 @@ def parse_args():
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="folder of a checkpoint, or hub id")
     what.add_argument("--compare", nargs=2, metavar=("BASE", "TUNED"), help="two of them, and a paired test")
-    parser.add_argument("--task", choices=TASKS, default="gsm8k", help="what is asked, and when an answer is right")
-    parser.add_argument("--data", help=f"jsonl file in place of the hub's: {'/'.join(QUESTION)} and {'/'.join(GOLD)}")
-    parser.add_argument("--limit", type=int, default=0, help="only so many problems, from the first; 0 = all")
+    parser.add_argument("--task", choices=TASKS, default="gsm8k", help="which problems, and when an answer is right")
+    parser.add_argument("--data", help=f"jsonl file instead of the hub's: {'/'.join(QUESTION)} and {'/'.join(GOLD)}")
+    parser.add_argument("--limit", type=int, default=0, help="only the first N problems; 0 = all")
     parser.add_argument("--output", default="results", help="folder of the results")
     add_flags(parser)
     parser.add_argument("--batch_size", type=int, default=16)
@@ -56,6 +56,8 @@ def parse_args():
     args = parser.parse_args()
     if args.batch_size < 1 or args.limit < 0:
         parser.error("--batch_size must be at least 1 and --limit at least 0")
+    if args.adapter and args.compare:
+        parser.error("--adapter belongs to --model; compare a merged checkpoint, or evaluate the two one by one")
     return args
 
 
@@ -63,41 +65,48 @@ def main():
     args = parse_args()
     settings = from_flags(args)
     problems = load_problems(args)
-    from place import Place  # only now: a typing error is reported without waiting for torch
+    from blockwise.run.ranks import Ranks  # only now: a mistyped flag is reported without waiting for torch
 
-    place = Place.from_environment()
-    if place.world > 1:
+    ranks = Ranks.from_environment()
+    if ranks.world_size > 1:
         import torch.distributed as dist
 
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may have many more problems to answer
     names = args.compare or [args.model]
-    folders = [Path(args.output) / f"{Path(name).name}-{args.task}" for name in names]
+    folders = [Path(args.output) / f"{label(name, args.adapter)}-{args.task}" for name in names]
     if len(set(folders)) < len(folders):
         raise InputError(f"both models are called {Path(names[0]).name}; evaluate them one by one, with two --output.")
     prompts = [encode(name, problems, settings) for name in names]  # also of the second, before the first is run
     for name, ids, folder in zip(names, prompts, folders):
         wanted = description(name, problems, ids, args, settings)
-        place.on_first_rank(lambda folder=folder, wanted=wanted: prepare(folder, wanted))
+        ranks.on_first_rank(lambda folder=folder, wanted=wanted: prepare(folder, wanted))
     answers = [
-        evaluate(name, ids, problems, folder, args, settings, place)
+        evaluate(name, ids, problems, folder, args, settings, ranks)
         for name, ids, folder in zip(names, prompts, folders)
     ]
-    if place.rank == 0:
+    if ranks.rank == 0:
         report(names, answers, args, settings)
-    if place.world > 1:
+    if ranks.world_size > 1:
         dist.destroy_process_group()
+
+
+def label(name: str, adapter: str | None) -> str:
+    """The name of a model's results: that of its folder, and of the adapters on it."""
+    return "+".join([Path(name).name, *(["-".join(Path(adapter).absolute().parts[-2:])] if adapter else [])])
 
 
 def load_problems(args):
     """The problems, a list of {"question", "gold"}. Raises InputError that names a bad row."""
-    import scoring
+    from blockwise import scoring
 
     task = TASKS[args.task]
     right = getattr(scoring, task.rule)
     if args.data:
         rows = [(f"{args.data}, line {number}", row) for number, row in read_jsonl(args.data)]
     else:
-        dataset = pt.load_split(task.dataset, task.split, task.config)
+        from blockwise.data import load_split
+
+        dataset = load_split(task.dataset, task.split, task.config)
         rows = [(f"{task.dataset}, row {number}", row) for number, row in enumerate(dataset)]
     problems = []
     for where, row in rows[: args.limit or None]:
@@ -112,48 +121,47 @@ def load_problems(args):
 
 def encode(name, problems, settings):
     """Checks a model without loading it. Returns the problems as prompts, lists of ids. Raises InputError."""
-    import decode
-    import llada
+    from blockwise.decoding import decode
+    from blockwise.models import hub, llada
 
-    folder = llada.local_folder(name)
+    folder = hub.local_folder(name)
     config = llada.load_config(folder)
     llada.check_tensors(folder, config)
-    tokenizer = llada.load_tokenizer(folder)
-    prompts = [pt.prompt_ids(tokenizer, [pt.user_turn(problem["question"])]) for problem in problems]
+    tokenizer = hub.load_tokenizer(folder)
+    prompts = [prompt_ids(tokenizer, [user_message(problem["question"])]) for problem in problems]
     decode.make_canvas(config, prompts, settings.gen_length, "cpu")
     return prompts
 
 
-def evaluate(name, prompts, problems, folder, args, settings, place):
+def evaluate(name, prompts, problems, folder, args, settings, ranks):
     """Answers the problems that have no answer in the folder, shared out to the ranks. Returns all, by problem.
 
     The batches are the same whatever was answered before and on however many ranks: so are the answers.
     """
     order = sorted(range(len(problems)), key=lambda i: -len(prompts[i]))  # similar lengths together, longest first
     batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
-    todo = place.on_first_rank(lambda: collect(folder, batches))
+    todo = ranks.on_first_rank(lambda: collect(folder, batches))
     if todo:
-        answer(name, problems, prompts, batches, todo[place.rank :: place.world], folder, args, settings, place)
-    place.on_first_rank(lambda: collect(folder, batches))
+        answer(name, problems, prompts, batches, todo[ranks.rank :: ranks.world_size], folder, args, settings, ranks)
+    ranks.on_first_rank(lambda: collect(folder, batches))
     answers = read_answers(folder)
     return [answers[i] for i in range(len(problems))]
 
 
-def answer(name, problems, prompts, batches, todo, folder, args, settings, place):
+def answer(name, problems, prompts, batches, todo, folder, args, settings, ranks):
     """Answers the batches `todo` and appends a line for each problem to this rank's file, batch by batch."""
     import torch
-    from tqdm import tqdm
 
-    import decode
-    import scoring
+    from blockwise import scoring
+    from blockwise.decoding import decode
 
-    model, tokenizer = decode.load(name, args.dtype, place.device)
+    model, tokenizer = decode.load(name, args.dtype, ranks.device, args.adapter)
     ends, right = decode.end_ids(model, tokenizer), getattr(scoring, TASKS[args.task].rule)
-    share = sum(len(batches[k]) for k in todo)
-    bar = tqdm(total=share, desc=Path(name).name, unit="problem", disable=place.rank != 0)
+    mine = sum(len(batches[k]) for k in todo)
+    bar = progress(total=mine, desc=label(name, args.adapter), unit="problem", disable=ranks.rank != 0)
     for k in todo:
         batch = batches[k]
-        generator = torch.Generator(place.device).manual_seed(random.Random(f"{args.seed} {k}").getrandbits(63))
+        generator = torch.Generator(ranks.device).manual_seed(random.Random(f"{args.seed} {k}").getrandbits(63))
         began = time.perf_counter()
         ids, rows = decode.decode(model, [prompts[i] for i in batch], settings, ends, generator)
         ids = ids.tolist()
@@ -163,7 +171,7 @@ def answer(name, problems, prompts, batches, todo, folder, args, settings, place
             text, tokens = decode.completion(tokenizer, answer, ends), decode.length(answer, ends)
             result = {"completion": text, "correct": right(text, problems[i]["gold"]), "tokens": tokens}
             lines.append({"problem": i} | problems[i] | result | cost)
-        append(folder / f"answers.rank{place.rank}.jsonl", lines)
+        append(folder / f"answers.rank{ranks.rank}.jsonl", lines)
         bar.update(len(batch))
     bar.close()
 
@@ -176,12 +184,13 @@ def description(name, problems, prompts, args, settings):
 
     The prompts are in it for the tokenizer and its chat template.
     """
-    import llada
+    from blockwise.models import hub
 
-    shards = llada.weight_files(llada.local_folder(name))
+    shards = hub.weight_files(hub.local_folder(name))
+    shards += sorted(Path(args.adapter).glob("*.safetensors")) if args.adapter else []
     weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in shards]
     digest = hashlib.sha256(json.dumps([problems, prompts]).encode()).hexdigest()
-    more = {key: getattr(args, key) for key in ("task", "batch_size", "dtype", "seed")}
+    more = {key: getattr(args, key) for key in ("task", "batch_size", "dtype", "seed", "adapter")}
     return {"model": name, "weights": weights, "problems": len(problems), "sha256": digest} | more | asdict(settings)
 
 
@@ -254,7 +263,7 @@ def collect(folder, batches):
 
 def figures(answers):
     """Share of right answers, its 95 % interval, tokens per second and rank, forward passes per token."""
-    import scoring
+    from blockwise import scoring
 
     right, tokens = sum(row["correct"] for row in answers), sum(row["tokens"] for row in answers)
     seconds, forwards = sum(row["seconds"] for row in answers), sum(row["forwards"] for row in answers)
@@ -263,7 +272,7 @@ def figures(answers):
 
 def report(names, answers, args, settings):
     """Prints a line for each model, the settings, and for two models the paired test."""
-    import scoring
+    from blockwise import scoring
 
     width = max(map(len, names))
     print(f"\n{'':{width}}  problems  Pass@1   95 % interval  tokens/s  forwards/token")
@@ -285,4 +294,4 @@ def report(names, answers, args, settings):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -10,7 +10,7 @@ NUMBER = re.compile(r"(?<![\d.])(?:(?<!\))-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:
 Z = 1.959963984540054  # 95 % of a normal distribution lie within Z standard deviations
 
 
-def number(text):
+def number(text: str) -> Decimal | None:
     """The number that an answer gives, as GSM8K is scored: the first one behind its last `####`, else the last one."""
     head, marker, tail = text.rpartition("####")
     found = NUMBER.findall(tail)
@@ -19,17 +19,17 @@ def number(text):
     return Decimal(found[0 if marker else -1].replace(",", ""))
 
 
-def same_number(completion, gold):
+def same_number(completion: str, gold: str) -> bool:
     """Whether an answer gives the number of the reference answer. 1,000 is 1000.00; no number is never right."""
     return number(completion) is not None and number(completion) == number(gold)
 
 
-def same_math(completion, gold):
+def same_math(completion: str, gold: str) -> bool:
     """Whether an answer equals the reference in mathematics, by the math-verify package."""
     return verify(expression(gold, whole=True), expression(completion))
 
 
-def expression(text, whole=False):
+def expression(text: str, whole: bool = False) -> list:
     """What math-verify reads in a text: behind MetaMathQA's `The answer is:`, else wherever it finds an answer.
 
     whole: without that phrase, the text is nothing but the answer, as in MATH-500.
@@ -40,7 +40,7 @@ def expression(text, whole=False):
     return parse(tail)
 
 
-def wilson(right, n):
+def wilson(right: int, n: int) -> tuple[float, float]:
     """The 95 % Wilson score interval of a share of right answers, (low, high)."""
     share, spread = right / n, Z**2 / n
     middle = (share + spread / 2) / (1 + spread)
@@ -48,7 +48,7 @@ def wilson(right, n):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def paired(base, tuned):
+def paired(base: list[bool], tuned: list[bool]) -> tuple[int, int, tuple[float, float], float]:
     """Compares two models on the same problems. base, tuned: lists of bool.
 
     Returns how many problems only the tuned and only the base model solved; the 95 % interval of the difference of

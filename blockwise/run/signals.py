@@ -16,25 +16,26 @@ from contextlib import contextmanager
 
 import psutil
 
-from cli import STOPPED
+from blockwise.cli import STOPPED
+from blockwise.run.ranks import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-GRACE = 10  # seconds in which the main thread may say itself what it lacks since another rank is gone
+GRACE = 10  # seconds in which the main thread may report itself what fails since another rank is gone
 TERM = 25  # seconds from SIGTERM to the end of the optimizer step; launchers kill after 30
 KILLERS = ("deepspeed.launcher.launch", "torchrun", "torch.distributed.run")
 
 
 class Watch:
-    """Watches the process while the `with` block runs. `stop`: what asks the run to stop, or None.
+    """Watches the process while the `with` block runs. `stop`: what stops the run, such as a signal's name, or None.
 
     launchers: see launchers(), of the start of the process, as one that has ended since has no number any more.
     """
 
-    def __init__(self, place, launchers):
-        self.place, self.launchers, self.stop, self.step_began = place, launchers, None, math.inf
-        pids, first = place.on_all_ranks(os.getpid), place.rank - place.local_rank
-        ranks = set(range(first, first + place.local_world)) - {place.rank}
-        self.siblings = {rank: psutil.Process(pids[rank]) for rank in ranks}  # on this machine
+    def __init__(self, ranks: Ranks, launchers: list):
+        self.ranks, self.launchers, self.stop, self.step_began = ranks, launchers, None, math.inf
+        pids, first = ranks.on_all_ranks(os.getpid), ranks.rank - ranks.local_rank
+        others = set(range(first, first + ranks.local_world_size)) - {ranks.rank}
+        self.siblings = {rank: psutil.Process(pids[rank]) for rank in others}  # on this machine
         self.patience = TERM if any(map(kills, launchers)) else math.inf
 
     def __enter__(self):
@@ -68,7 +69,7 @@ class Watch:
 
     def look(self):
         """The thread: reads the signals as they come, and looks at the other processes once a second."""
-        since = asked = math.inf
+        since = terminated = math.inf
         while True:
             ready, *_ = select.select([self.inbox], [], [], 1.0)
             for number in self.inbox.recv(64) if ready else b"":
@@ -76,34 +77,36 @@ class Watch:
                     return
                 self.stop = signal.Signals(number).name
                 if number == signal.SIGTERM:
-                    asked = min(asked, time.monotonic())
+                    terminated = min(terminated, time.monotonic())
             if not self.stop and not all(map(alive, self.launchers)):
                 self.stop = "the end of the launcher"
             if (rank := self.gone()) is not None:
                 since = min(since, time.monotonic())
                 if time.monotonic() > since + GRACE:
                     self.end(f"rank {rank} is gone")
-            if time.monotonic() > max(asked, self.step_began) + self.patience:
+            if time.monotonic() > max(terminated, self.step_began) + self.patience:
                 self.end(f"the optimizer step did not end within {self.patience} s of SIGTERM")
 
-    def gone(self):
+    def gone(self) -> int | None:
         """A rank of this machine whose process has ended, or None."""
         return next((rank for rank, process in self.siblings.items() if not alive(process)), None)
 
-    def end(self, reason):
+    def end(self, reason: str) -> None:
         """Ends this process from any thread; one of the ranks that are left says why."""
-        if all(rank > self.place.rank for rank, process in self.siblings.items() if alive(process)):
-            print(f"\nerror: {reason}. The same command with --RESUME=True goes on.", file=sys.stderr, flush=True)
+        if all(rank > self.ranks.rank for rank, process in self.siblings.items() if alive(process)):
+            print(
+                f"\nerror: {reason}. The same command with --RESUME=True resumes the run.", file=sys.stderr, flush=True
+            )
         os._exit(1)
 
 
-def end_at_once():
+def end_at_once() -> None:
     """Lets signals end the process with STOPPED, before and after the time of the Watch: nothing is lost then."""
     for number in SIGNALS:
         signal.signal(number, lambda *_: sys.exit(STOPPED))
 
 
-def launchers():
+def launchers() -> list[psutil.Process]:
     """The processes that live as long as the ranks: the parent and, above DeepSpeed's launcher, its runner.
 
     If one of them is killed, the ranks would run on with nobody to stop them.
@@ -116,7 +119,7 @@ def launchers():
     return [parent] + [runner] * bool(runner)
 
 
-def kills(launcher):
+def kills(launcher: psutil.Process) -> bool:
     """Whether it kills the ranks 30 seconds after SIGTERM, as DeepSpeed's and torch's do."""
     try:
         return any(name in part for part in launcher.cmdline() for name in KILLERS)
@@ -124,7 +127,7 @@ def kills(launcher):
         return False
 
 
-def alive(process):
+def alive(process: psutil.Process) -> bool:
     try:
         return process.status() != psutil.STATUS_ZOMBIE and process.is_running()
     except psutil.NoSuchProcess:

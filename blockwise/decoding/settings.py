@@ -1,9 +1,10 @@
 """The settings of block-by-block decoding, and their flags. Imports nothing heavy."""
 
+import argparse
 import math
 from dataclasses import dataclass, fields
 
-from cli import InputError
+from blockwise.cli import InputError
 
 DTYPES = ("auto", "bfloat16", "float32")  # what decode.load takes
 
@@ -17,7 +18,7 @@ class Settings:
     steps: int = 256  # forward passes for the whole answer, shared evenly by the blocks
     temperature: float = 0.0  # 0 = the most likely token, else Gumbel sampling
     remasking: str = "low_confidence"  # which tokens wait: low_confidence, or random ones
-    cfg_scale: float = 0.0  # classifier-free guidance: a second pass with the prompt hidden
+    cfg_scale: float = 0.0  # classifier-free guidance: a second pass with the prompt masked
     suppress_end: bool = False  # write tokens that end an answer only when nothing else is left in the block
     threshold: float = 0.0  # write every token whose confidence is above this; 0 = as many as steps says
     stop_at_end: bool = False  # write no further blocks after one with a token that ends the answer
@@ -41,18 +42,19 @@ class Settings:
             raise InputError(f"cache {self.cache!r} is none of 'none', 'prefix', 'dual'.")
 
 
-def add_flags(parser):
-    """Adds a flag for each setting to an argparse parser, and those for numbers and random draws."""
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds a flag for each setting to an argparse parser, and those for adapters, numbers and random draws."""
     for field in fields(Settings):
         if field.type is bool:
             parser.add_argument(f"--{field.name}", action="store_true")
         else:
             parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
+    parser.add_argument("--adapter", help="folder of LoRA adapters in PEFT's format, run on --model without merging")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: float32 on CPU")
     parser.add_argument("--seed", type=int, default=0, help="of temperature and random remasking")
 
 
-def from_flags(args):
+def from_flags(args: argparse.Namespace) -> Settings:
     """The Settings of parsed arguments; checks the seed, too. Raises InputError."""
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed {args.seed} must be at least 0 and below 2^63.")

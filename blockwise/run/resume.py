@@ -1,4 +1,4 @@
-"""Resume points: all that the next optimizer step needs beside the base model.
+"""Resume points: all that the next optimizer step needs besides the base model.
 
 {CKPT_DIR}_logs/resume_step0040/ holds, from each rank, its share of the fp32 adapters and of AdamW's moments
 (rank0.safetensors, ...), the logs as they were, and manifest.json: the scheduler, and the size and sha256 of each file.
@@ -7,60 +7,52 @@ Random numbers are not in it, as those of a step come from (SEED, step). A point
 
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-import files
-import merge
-from cli import InputError
-from log import RESUME_POINT, Log, say
+from blockwise.cli import InputError
+from blockwise.run import files, logs
+from blockwise.run.logs import Logs
+from blockwise.run.ranks import Ranks, print0
+from blockwise.run.run_folder import RESUME_POINT, RunFolder, step_of
 
 KEPT = 2  # resume points: the newest, and the one before in case that one is damaged
 
 
-def points(folder):
-    """The resume points of a log folder, newest first."""
-    there = [path for path in folder.glob(f"{RESUME_POINT}*") if path.name.removeprefix(RESUME_POINT).isdecimal()]
-    return sorted(there, key=step_of, reverse=True)
-
-
-def step_of(point):
-    return int(point.name.removeprefix(RESUME_POINT))
-
-
 @contextmanager
-def hint(log):
-    """Adds to an InputError from where the run can go on."""
+def with_resume_hint(folder: RunFolder):
+    """Adds to an InputError where the run can be resumed."""
     try:
         yield
     except InputError as error:
-        step = next(map(step_of, points(log.folder)), 0)
-        where = f"goes on after step {step}" if step else "begins it again"
+        step = next(map(step_of, folder.resume_points()), 0)
+        where = f"resumes after step {step}" if step else "restarts it"
         raise InputError(f"{error} The same command with --RESUME=True {where}.") from error
 
 
 # ---------------------------------------------------------------- saving
 
 
-def save(engine, place, log, step, bad_steps):
+def save(engine, ranks: Ranks, folder: RunFolder, log: Logs, step: int, bad_steps: int) -> None:
     """Writes the resume point after a step, then removes all older ones but one. Raises InputError on all ranks."""
 
-    def write_files(folder):
-        written = {file_of(place): files.write(folder / file_of(place), content_of(state(engine)))}
-        return written | (log.copy(folder) if place.rank == 0 else {})
+    def write_files(unfinished):
+        written = {file_of(ranks): files.write(unfinished / file_of(ranks), content_of(state(engine)))}
+        return written | (log.copy(unfinished) if ranks.rank == 0 else {})
 
-    folder = log.folder / f"{RESUME_POINT}{step:04d}"
+    point = folder.path / f"{RESUME_POINT}{step:04d}"
     content = {"step": step, "bad_steps": bad_steps, "scheduler": engine.lr_scheduler.state_dict()}
-    files.publish(place, folder.with_name(f"{folder.name}.unfinished"), folder, write_files, content)
-    place.on_first_rank(lambda: remove(points(log.folder)[KEPT:]))
+    files.publish(ranks, point.with_name(f"{point.name}.unfinished"), point, write_files, content)
+    ranks.on_first_rank(lambda: remove(folder.resume_points()[KEPT:]))
 
 
-def file_of(place):
-    return f"rank{place.rank}.safetensors"
+def file_of(ranks: Ranks) -> str:
+    return f"rank{ranks.rank}.safetensors"
 
 
-def state(engine):
+def state(engine) -> dict[str, torch.Tensor]:
     """This rank's share of the fp32 adapters and of AdamW's state: {name: fp32 tensor}, the live ones."""
     zero, tensors = engine.optimizer, {}
     for i, adapters in enumerate(zero.single_partition_of_fp32_groups):
@@ -70,16 +62,16 @@ def state(engine):
     return tensors
 
 
-def content_of(tensors):
+def content_of(tensors: dict[str, torch.Tensor]):
     """Yields the bytes of a safetensors file of fp32 tensors."""
-    yield merge.header({name: ("F32", list(tensor.shape)) for name, tensor in tensors.items()})
+    yield files.tensor_header({name: ("F32", list(tensor.shape)) for name, tensor in tensors.items()})
     for tensor in tensors.values():
         yield tensor.cpu().reshape(-1).view(torch.uint8).numpy()
 
 
-def remove(some):
+def remove(points: list[Path]) -> None:
     """Removes resume points, the oldest first. What is removed in part no longer has the name of one."""
-    for point in reversed(some):
+    for point in reversed(points):
         with files.writing(point):
             unfinished = point.rename(point.with_name(f"{point.name}.unfinished"))
             files.sync(point.parent)
@@ -89,51 +81,47 @@ def remove(some):
 # ---------------------------------------------------------------- loading
 
 
-def load(engine, place, log):
+def load(engine, ranks: Ranks, folder: RunFolder, log: Logs) -> tuple[int, int]:
     """Brings engine and logs to the newest undamaged resume point. Returns its step and its bad steps in a row.
 
-    Without any resume point the run begins: 0, 0. Raises InputError on all ranks if there are some, but all damaged.
+    Raises InputError on all ranks if all resume points are damaged.
     """
-    there = place.on_first_rank(lambda: points(log.folder))
-    for i, point in enumerate(there):
-        problems = list(filter(None, place.on_all_ranks(lambda point=point: problem(point, place, engine))))
+    points = ranks.on_first_rank(folder.resume_points)
+    for i, point in enumerate(points):
+        problems = list(filter(None, ranks.on_all_ranks(lambda point=point: problem(point, ranks, engine))))
         if not problems:
             content = files.read_manifest(point)
-            restore(engine, load_file(point / file_of(place)), content["scheduler"])
-            place.on_first_rank(lambda point=point: log.start(point))
-            place.on_first_rank(lambda i=i: remove(there[:i]))
-            say(place, "resume", f"{log.folder} goes on after step {content['step']}")
+            restore(engine, load_file(point / file_of(ranks)), content["scheduler"])
+            ranks.on_first_rank(lambda point=point: log.start(point))
+            ranks.on_first_rank(lambda i=i: remove(points[:i]))
+            print0(ranks, "resume", f"{folder.path} resumes after step {content['step']}")
             return content["step"], content["bad_steps"]
-        say(place, "warning", f"{point} is damaged: {problems[0]}." + " The one before is used." * (i + 1 < len(there)))
-    if there:
-        raise InputError(f"no resume point of {log.folder} is undamaged; start a new run without --RESUME=True.")
-    if log.resumed and place.on_first_rank(log.last_checkpoint.exists):  # it was killed while it removed its points
-        return log.steps, 0
-    if log.resumed:
-        say(place, "resume", f"{log.folder} has no resume point yet: it begins at step 1")
-    place.on_first_rank(lambda: log.start(None))
-    return 0, 0
+        instead = " The one before is used." if i + 1 < len(points) else ""
+        print0(ranks, "warning", f"{point} is damaged: {problems[0]}.{instead}")
+    raise InputError(f"no resume point of {folder.path} is undamaged; start a new run without --RESUME=True.")
 
 
-def problem(point, place, engine):
+def problem(point: Path, ranks: Ranks, engine) -> str | None:
     """What is wrong with this rank's part of a resume point, or None."""
     try:
         manifest = files.read_manifest(point)
         if manifest["step"] != step_of(point):
             raise ValueError(f"its manifest is that of step {manifest['step']}")
-        logs = [name for name in Log.FILES if name in manifest["files"]] if place.rank == 0 else []
-        for name in [file_of(place), *logs]:
+        log_files = [name for name in logs.FILES if name in manifest["files"]] if ranks.rank == 0 else []
+        for name in [file_of(ranks), *log_files]:
             files.check(point, name, manifest)
-        with open(point / file_of(place), "rb") as file:
-            sizes = {name: (tensor["dtype"], tensor["shape"]) for name, tensor in merge.read_header(file).items()}
+        with open(point / file_of(ranks), "rb") as file:
+            sizes = {
+                name: (tensor["dtype"], tensor["shape"]) for name, tensor in files.read_tensor_header(file).items()
+            }
         for i, adapters in enumerate(engine.optimizer.single_partition_of_fp32_groups):
             if sizes.get(f"{i}.adapters") != ("F32", list(adapters.shape)):
-                raise ValueError(f"{file_of(place)} does not hold the adapters of this run")
+                raise ValueError(f"{file_of(ranks)} does not hold the adapters of this run")
     except (OSError, ValueError, KeyError, TypeError) as error:
         return str(error)
 
 
-def restore(engine, tensors, scheduler):
+def restore(engine, tensors: dict[str, torch.Tensor], scheduler: dict) -> None:
     """Puts the tensors of `state` back into the engine, its parameters included, and the scheduler's state."""
     zero = engine.optimizer
     adam = zero.optimizer.state_dict()

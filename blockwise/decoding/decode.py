@@ -8,43 +8,59 @@ K block_length, V vocabulary.
 Prompts are padded on the left, so that a block stands in the same columns in every row.
 """
 
+from collections.abc import Iterator
+
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
-import llada
-from cli import InputError
+from blockwise.cli import InputError
+from blockwise.decoding.settings import Settings
+from blockwise.models import hub, llada
 
 
-def load(name, dtype, device):
+def load(name: str, dtype: str, device: torch.device, adapter: str | None = None):
     """Model, in evaluation mode, and tokenizer of a folder or hub id. Raises InputError.
 
     dtype: `float32`, `bfloat16`, or `auto`, which is the checkpoint's own on a GPU and float32 on a CPU (faster there).
+    adapter: folder of LoRA adapters in PEFT's format, which are computed besides the base's weights, not merged.
     """
-    folder = llada.local_folder(name)
-    tokenizer = llada.load_tokenizer(folder)
+    folder = hub.local_folder(name)
+    tokenizer = hub.load_tokenizer(folder)
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
-    return llada.load_model(folder, dtype if dtype == "auto" else getattr(torch, dtype), device).eval(), tokenizer
+    model = llada.load_model(folder, dtype if dtype == "auto" else getattr(torch, dtype), device)
+    if adapter:
+        from blockwise.models import checkpoint  # only now: importing peft takes seconds
+
+        model = checkpoint.load_adapter(model, adapter).get_base_model()  # in which the adapters are layers now
+    return model.eval(), tokenizer
 
 
-def end_ids(model, tokenizer):
+def end_ids(model, tokenizer) -> list[int]:
     """The ids that end an answer: end of text, and end of turn if the tokenizer knows LLaDA's."""
     known = {model.config.eos_token_id, tokenizer.eos_token_id, tokenizer.get_vocab().get("<|eot_id|>")}
     return sorted(known - {None})
 
 
-def length(ids, ends):
+def length(ids: list[int], ends: list[int]) -> int:
     """The number of tokens of an answer (a list of ids) with the first one that ends it."""
     return next((number for number, token in enumerate(ids, start=1) if token in ends), len(ids))
 
 
-def completion(tokenizer, ids, ends):
+def completion(tokenizer, ids: list[int], ends: list[int]) -> str:
     """The text of an answer (a list of ids), up to the first id that ends it."""
     ids = [token for token in ids[: length(ids, ends)] if token not in ends]
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def decode(model, prompts, settings, end_ids=(), generator=None):
+def decode(
+    model,
+    prompts: list[list[int]],
+    settings: Settings,
+    end_ids: list[int] = (),
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, int]:
     """Answers prompts. Returns ids (B, G) and the number of rows that went through the model, over all forward passes.
 
     model: LLaDAForCausalLM in evaluation mode; prompts: list of lists of ids; end_ids: tokens that end an answer.
@@ -57,7 +73,13 @@ def decode(model, prompts, settings, end_ids=(), generator=None):
 
 
 @torch.no_grad()
-def stream(model, prompts, settings, end_ids=(), generator=None):
+def stream(
+    model,
+    prompts: list[list[int]],
+    settings: Settings,
+    end_ids: list[int] = (),
+    generator: torch.Generator | None = None,
+) -> Iterator[tuple[Tensor, int]]:
     """decode, step by step: yields (ids (B, G), with masks where nothing is written yet, and rows so far)."""
     mask_id, steps = model.config.mask_token_id, settings.steps * settings.block_length // settings.gen_length
     canvas, seen = make_canvas(model.config, prompts, settings.gen_length, model.device)  # (B, L), (B, L)
@@ -87,7 +109,7 @@ def stream(model, prompts, settings, end_ids=(), generator=None):
     yield answer, rows
 
 
-def make_canvas(config, prompts, gen_length, device):
+def make_canvas(config, prompts: list[list[int]], gen_length: int, device) -> tuple[Tensor, Tensor]:
     """Prompts on the right edge of P columns, then gen_length masks. Returns ids, and where they are real, (B, L) both.
 
     Raises InputError that names the first prompt that does not fit, or what the model's config lacks.
@@ -115,9 +137,9 @@ def make_canvas(config, prompts, gen_length, device):
 
 
 class Forward:
-    """The model on some rows of the canvas, for the steps of one block; keeps keys and values if asked to.
+    """The model on some rows of the canvas, for the steps of one block; keeps keys and values if the settings say so.
 
-    With guidance, every row comes twice: the second half has its prompt hidden.
+    With guidance, every row comes twice: the second half has its prompt masked.
     """
 
     def __init__(self, model, canvas, seen, rows, block, settings):
@@ -126,11 +148,11 @@ class Forward:
         self.positions = (self.seen.cumsum(dim=1) - 1).clamp(min=0)  # (R, L): padding does not count
         if settings.cfg_scale:
             prompt_end = canvas.shape[1] - settings.gen_length
-            hidden = self.ids.clone()
-            hidden[:, :prompt_end] = hidden[:, :prompt_end].masked_fill(
+            masked = self.ids.clone()
+            masked[:, :prompt_end] = masked[:, :prompt_end].masked_fill(
                 self.seen[:, :prompt_end], model.config.mask_token_id
             )
-            self.ids, self.seen = torch.cat([self.ids, hidden]), self.seen.repeat(2, 1)
+            self.ids, self.seen = torch.cat([self.ids, masked]), self.seen.repeat(2, 1)
             self.positions = self.positions.repeat(2, 1)
 
     def first(self):
@@ -172,7 +194,9 @@ class Forward:
         return logits
 
 
-def commit(logits, block, mask_id, number, settings, ends, generator=None):
+def commit(
+    logits: Tensor, block: Tensor, mask_id: int, number: int, settings: Settings, ends: Tensor, generator=None
+) -> Tensor:
     """Writes the `number` tokens of each row that the model is most confident of, or all above the threshold.
 
     logits (R, K, V) fp32; block (R, K) ids with masks. Returns the block with the tokens written.
@@ -193,7 +217,7 @@ def commit(logits, block, mask_id, number, settings, ends, generator=None):
     return torch.where(chosen & masked, token, block)
 
 
-def sample(logits, temperature, generator=None):
+def sample(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
     """The most likely tokens, or at a temperature above 0 a draw by the Gumbel trick in fp64. (R, K, V) -> (R, K)"""
     if not temperature:
         return logits.argmax(dim=-1)

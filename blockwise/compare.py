@@ -1,0 +1,53 @@
+"""How far the logits of a merged checkpoint are from those of its base + adapters, on a few training samples.
+
+    python -m blockwise.compare --checkpoint ckpts_stagewise_sft_32_step0025 --data MathQA_256.pt
+
+The adapters are those in the checkpoint's folder adapter/, the base is the one that they name. A training prints the
+same line for its last checkpoint.
+"""
+
+import argparse
+from pathlib import Path
+
+from blockwise.cli import InputError, run_script
+
+SAMPLES = 4
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="folder that a training has written")
+    parser.add_argument("--data", required=True, help=".pt file of pt.py, of which the first samples are taken")
+    parser.add_argument("--base", help="folder or hub id, if the one that the adapters name has moved")
+    args = parser.parse_args()
+    import torch  # only now: a mistyped flag is reported without waiting for it
+    from peft import PeftConfig
+    from torch.nn.utils.rnn import pad_sequence
+
+    import masking
+    from blockwise.data import read_pt, sample_problem
+    from blockwise.models import checkpoint, hub, llada
+    from blockwise.run.ranks import Ranks
+
+    adapter = Path(args.checkpoint) / checkpoint.ADAPTER
+    if not adapter.is_dir():
+        raise InputError(
+            f"--checkpoint {args.checkpoint} has no folder {checkpoint.ADAPTER}/, so nothing to compare with."
+        )
+    data = read_pt(args.data)[:SAMPLES]
+    base = hub.local_folder(args.base or PeftConfig.from_pretrained(adapter).base_model_name_or_path)
+    model = llada.load_model(base, torch.float32, Ranks.from_environment().device)
+    for number, sample in enumerate(data):
+        if problem := sample_problem(sample, model.config.max_position_embeddings):
+            raise InputError(f"{args.data}: sample {number} {problem}")
+    ids = pad_sequence(
+        [sample["full_ids"] for sample in data], batch_first=True, padding_value=model.config.pad_token_id
+    )
+    lengths = torch.tensor([(sample["prompt_len"], len(sample["full_ids"])) for sample in data]).to(model.device)
+    inputs, answer = masking.mask_answers(ids.to(model.device), *lengths.T, model.config.mask_token_id)
+    model = checkpoint.load_adapter(model, adapter).eval()
+    print(checkpoint.logit_gap(model, base, Path(args.checkpoint), inputs, answer))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,153 @@
+"""The training samples: read from a .pt file, checked, padded; and their order in training.
+
+Letters in shapes: N samples of the data, L positions with padding, P pairs of a sample and a block.
+"""
+
+import pickle
+import random
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from blockwise.cli import InputError
+from blockwise.models.hub import reason
+
+
+@dataclass
+class Samples:
+    """The training samples as tensors."""
+
+    ids: Tensor  # (N, L) int32, padded on the right
+    prompt_len: Tensor  # (N,) where the answer starts
+    length: Tensor  # (N,) where it ends
+    number: Tensor  # (N,) which entry of DATA_PT it is
+    unanswered: int  # samples that were left out because nothing follows their prompt
+
+    def to(self, device: torch.device) -> "Samples":
+        tensors = (self.ids, self.prompt_len, self.length, self.number)
+        return Samples(*(tensor.to(device) for tensor in tensors), self.unanswered)
+
+
+def make_samples(data: list, knobs: SimpleNamespace, config) -> Samples:
+    """Checks the entries of DATA_PT against the model's config and the knobs, pads to MAX_LEN. Raises InputError."""
+    path = knobs.DATA_PT
+    for i, entry in enumerate(data):
+        if problem := sample_problem(entry, knobs.MAX_LEN):
+            raise InputError(f"{path}: sample {i} {problem}")
+    full_ids = [entry["full_ids"] for entry in data]
+    ids = pad_sequence(full_ids, batch_first=True, padding_value=config.pad_token_id)  # (all samples, longest)
+    check_ids(path, ids, config.vocab_size, knobs.MASK_ID)
+    prompt_len = torch.tensor([entry["prompt_len"] for entry in data])
+    length = torch.tensor([len(entry) for entry in full_ids])
+    answered = (prompt_len < length).nonzero()[:, 0]
+    used = answered[: knobs.MAX_SAMPLES or None]
+    if not len(used):
+        raise InputError(
+            f"{path}: no usable sample; none of its {len(data)} samples has an answer. Write it anew with pt.py."
+        )
+    ids = F.pad(ids[used].int(), (0, knobs.MAX_LEN - ids.shape[1]), value=config.pad_token_id)  # (N, L)
+    if knobs.EOS_TAIL:
+        length = torch.full_like(length, knobs.MAX_LEN)
+    return Samples(ids, prompt_len[used], length[used], used, unanswered=len(data) - len(answered))
+
+
+# what a damaged zip, or a good zip with a bad pickle, makes zipfile and torch.load raise
+UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, OSError)
+UNREADABLE += (RuntimeError, LookupError, TypeError, ValueError)
+
+
+def read_pt(path: str | Path) -> list:
+    """The list in a .pt file, read without running any code from it. Raises InputError."""
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist; write it with pt.py, or name another with --DATA_PT=...")
+    damaged = f"{path} is truncated, damaged or was not written by pt.py; write it anew."
+    try:
+        with zipfile.ZipFile(path) as file:  # torch.save writes a zip, but torch.load does not look at its checksums
+            if file.testzip():
+                raise InputError(damaged)
+        samples = torch.load(path, weights_only=True)
+    except UNREADABLE as error:
+        raise InputError(damaged) from error
+    if not isinstance(samples, list) or not samples:
+        raise InputError(f"{path} does not hold a list of samples; write it anew with pt.py.")
+    return samples
+
+
+def sample_problem(entry, max_len: int) -> str | None:
+    """What is wrong with the form of one entry of a .pt file, or None."""
+    if not isinstance(entry, dict) or not {"prompt_len", "full_ids"} <= entry.keys():
+        return "lacks the keys prompt_len and full_ids; write the file anew with pt.py."
+    ids, prompt_len = entry["full_ids"], entry["prompt_len"]
+    if not isinstance(ids, torch.Tensor) or ids.dtype != torch.long or ids.dim() != 1:
+        return "has full_ids that are not a 1-D LongTensor; write the file anew with pt.py."
+    if type(prompt_len) is not int or not 0 <= prompt_len <= len(ids):
+        return f"has prompt_len {prompt_len}, outside its {len(ids)} tokens; write the file anew with pt.py."
+    if len(ids) > max_len:
+        return f"has {len(ids)} tokens, more than MAX_LEN={max_len}; raise that, or run pt.py with --max_len {max_len}."
+    return None
+
+
+def check_ids(path: str | Path, ids: Tensor, vocab_size: int, mask_id: int) -> None:
+    """Refuses ids (N, any) that are outside the vocabulary or are the mask itself. Raises InputError."""
+    outside = (ids < 0) | (ids >= vocab_size)
+    for bad, why in (
+        (
+            outside,
+            f"outside the model's vocabulary of {vocab_size:,}; prepare the file with the tokenizer of MODEL_NAME.",
+        ),
+        (ids == mask_id, "which is MASK_ID; samples hold no masks, so MASK_ID or the tokenizer is not the model's."),
+    ):
+        if bad.any():
+            sample, position = (int(x) for x in bad.nonzero()[0])
+            raise InputError(f"{path}: sample {sample} contains the id {int(ids[sample, position])}, {why}")
+
+
+def schedule(blocks: Tensor, epochs: int, seed: int) -> Tensor:
+    """The order of training: (P, 2) pairs (sample, block), from the seed alone, the same for every number of ranks.
+
+    blocks: (N,) how many blocks each sample has. In every epoch each sample that has an unused block left comes once,
+    in random order, with one of its unused blocks, uniformly: so each pair comes at most once, and samples whose blocks
+    are used up drop out. Step s trains the pairs from (s - 1) * G on.
+    """
+
+    def generator(*purpose):
+        return torch.Generator().manual_seed(derive_seed(seed, *purpose))
+
+    most = int(blocks.max())
+    keys = torch.rand(len(blocks), most, generator=generator("turns"))  # this name and "rows" make the numbers
+    keys[torch.arange(most) >= blocks[:, None]] = 2.0  # blocks that the sample does not have come last
+    order = keys.argsort(dim=1)  # (N, most): the sample's blocks in the order of their use
+    pairs = []
+    for epoch in range(min(epochs, most)):
+        left = (blocks > epoch).nonzero()[:, 0]
+        left = left[torch.randperm(len(left), generator=generator("rows", epoch))]
+        pairs.append(torch.stack([left, order[left, epoch]], dim=1))
+    return torch.cat(pairs)
+
+
+def derive_seed(seed: int, *names) -> int:
+    """An independent 63-bit seed for each purpose, the same on every machine."""
+    return random.Random(repr((seed, *names))).getrandbits(63)
+
+
+def load_split(name: str, split: str, config: str | None = None):
+    """A split of a hub dataset or of a local folder. Raises InputError."""
+    from datasets import disable_progress_bars, load_dataset
+    from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
+
+    if not sys.stderr.isatty():  # a bar that is redrawn would fill the file
+        disable_progress_bars()
+    unloadable = (DatasetGenerationError, DatasetNotFoundError, DataFilesNotFoundError)
+    unloadable += (ValueError, OSError, LookupError, StopIteration)  # also raised, for empty files and empty names
+    try:
+        return load_dataset(name, config, split=split)
+    except unloadable as error:
+        why = reason(error.__cause__ or error)
+        raise InputError(f"dataset {name!r}, split {split!r}, cannot be loaded: {why}") from error

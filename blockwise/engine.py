@@ -1,0 +1,143 @@
+"""The model with LoRA adapters, the DeepSpeed ZeRO-2 engine around it, and its learning rate."""
+
+import json
+import math
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import deepspeed
+import torch
+import transformers
+from deepspeed.accelerator import get_accelerator
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from blockwise.cli import InputError
+from blockwise.models import checkpoint, llada
+from blockwise.run import files
+from blockwise.run.ranks import Ranks, print0
+
+LINEARS = sorted(name.rpartition(".")[2] for name in llada.MODULES.values() if name.endswith("_proj"))
+CONFIG_FILE = "ds_zero2.json"
+
+
+def check_model(folder: Path, knobs: SimpleNamespace) -> llada.LLaDAConfig:
+    """Checks the base against the knobs, before anything large is read. Returns its config. Raises InputError."""
+    for name in knobs.TARGET_MODS:
+        if name not in LINEARS:
+            raise InputError(f"TARGET_MODS: {name!r} matches no layer of the model; choose from {', '.join(LINEARS)}.")
+    config = llada.load_config(folder)
+    llada.check_tensors(folder, config)
+    if config.mask_token_id not in (None, knobs.MASK_ID):
+        raise InputError(f"MASK_ID={knobs.MASK_ID}, but {folder}/config.json has mask_token_id {config.mask_token_id}.")
+    if config.vocab_size <= knobs.MASK_ID:
+        raise InputError(f"MASK_ID={knobs.MASK_ID} is outside the model's vocabulary of {config.vocab_size:,}.")
+    if config.pad_token_id in (None, knobs.MASK_ID) or not 0 <= config.pad_token_id < config.vocab_size:
+        raise InputError(f"{folder}/config.json: pad_token_id {config.pad_token_id} is not a token to pad with.")
+    if config.max_position_embeddings < knobs.MAX_LEN:
+        raise InputError(f"MAX_LEN={knobs.MAX_LEN}, but the model has {config.max_position_embeddings} positions.")
+    return config
+
+
+def lora_alpha(knobs: SimpleNamespace) -> int:
+    """LORA_ALPHA, or twice the rank if that is 0."""
+    return knobs.LORA_ALPHA or 2 * knobs.LORA_RANK
+
+
+def lora_model(folder: Path, knobs: SimpleNamespace, ranks: Ranks) -> PeftModel:
+    """The base with LoRA adapters in its own dtype, the same on every rank."""
+    if ranks.rank:
+        transformers.utils.logging.disable_progress_bar()
+    model = llada.load_model(folder, torch.bfloat16 if knobs.BF16 else torch.float32, ranks.device)
+    if knobs.GRADIENT_CHECKPOINTING:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    transformers.set_seed(knobs.SEED)
+    lora = LoraConfig(
+        r=knobs.LORA_RANK, lora_alpha=lora_alpha(knobs), lora_dropout=knobs.LORA_DROPOUT,
+        target_modules=knobs.TARGET_MODS,
+    )  # fmt: skip
+    model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    if knobs.COMPILE:
+        compile_layers(model)
+    model.train()  # a loaded model is in evaluation mode, in which gradient checkpointing does nothing
+    adapted = sum(layer.weight.numel() for name, layer in checkpoint.lora_layers(model))
+    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    total = model.num_parameters() - trainable
+    size = f"rank {knobs.LORA_RANK}, alpha {lora_alpha(knobs)}"
+    print0(ranks, "adapters", f"{trainable:,} parameters, {size}, on {adapted:,} of the base's {total:,}")
+    return model
+
+
+def compile_layers(model: torch.nn.Module) -> None:
+    """Lets torch compile each decoder layer at its first call: one graph serves all, and shapes never change."""
+    for module in model.modules():
+        if isinstance(module, LlamaDecoderLayer):
+            module.compile()
+
+
+def start_group() -> None:
+    """Lets the ranks talk to each other."""
+    if get_accelerator().device_name() == "cpu":  # gloo serves; the shared-memory op would be compiled first, with g++
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("WARNING")
+    deepspeed.init_distributed(timeout=timedelta(hours=1))  # saving to a slow disk can take longer than the 10 minutes
+
+
+def engine_config(knobs: SimpleNamespace) -> dict:
+    """The DeepSpeed configuration. torch_adam: torch's own AdamW, which needs no kernel compiled at the first start."""
+    adamw = {"lr": knobs.LR, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": knobs.WEIGHT_DECAY, "torch_adam": True}
+    if get_accelerator().device_name() == "cuda":
+        adamw["fused"] = True
+    # gradients of many micro-batches are summed in fp32: in bf16 the small ones would be lost
+    data_types = {"data_types": {"grad_accum_dtype": "fp32"}} if knobs.BF16 and knobs.GRAD_ACC > 1 else {}
+    return data_types | {
+        "train_micro_batch_size_per_gpu": knobs.MICRO_BSIZE,
+        "gradient_accumulation_steps": knobs.GRAD_ACC,
+        "gradient_clipping": knobs.MAX_GRAD_NORM,
+        "optimizer": {"type": "AdamW", "params": adamw},
+        "bf16": {"enabled": knobs.BF16},
+        "zero_optimization": {"stage": 2, "overlap_comm": False},  # adapter gradients are small: overlap gains nothing
+    }
+
+
+def write_config(knobs: SimpleNamespace) -> None:
+    """Writes the DeepSpeed configuration in force, for users to read."""
+    with files.writing(CONFIG_FILE):
+        files.replace(CONFIG_FILE, json.dumps(engine_config(knobs), indent=2) + "\n")
+
+
+def start_engine(model: PeftModel, knobs: SimpleNamespace, steps: int) -> deepspeed.DeepSpeedEngine:
+    """The DeepSpeed ZeRO-2 engine, with warm-up and cosine planned for exactly `steps` optimizer steps."""
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=[p for p in model.parameters() if p.requires_grad],
+        config=engine_config(knobs),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda done: lr_factor(done, steps, knobs.WARMUP_TYPE, knobs.WARMUP_RATIO, knobs.MIN_LR_RATIO)
+        ),
+    )
+    return engine
+
+
+def warmup_steps(steps: int, warmup_type: str, ratio: float) -> int:
+    """Steps of warm-up: rounded up for "linear"; for "log" rounded down, but at least 2, as DeepSpeed has it."""
+    if warmup_type == "log":
+        return max(2, int(steps * ratio))
+    return min(steps - 1, math.ceil(steps * ratio - 1e-9))  # 100 * 0.07 is a little more than 7
+
+
+def lr_factor(done: int, steps: int, warmup_type: str, warmup_ratio: float, min_ratio: float) -> float:
+    """Share of LR in the step after `done` steps: warm-up to 1, then a cosine that reaches min_ratio in the last.
+
+    "log" is DeepSpeed's WarmupCosineLR, one step late: LR is 0 in the first two steps, and the last has a little more.
+    """
+    warmup = warmup_steps(steps, warmup_type, warmup_ratio)
+    if warmup_type == "log":
+        done -= 1
+        if done < warmup:
+            return math.log(done + 1) / math.log(warmup) if done >= 0 else 0.0
+    elif done < warmup:
+        return (done + 1) / warmup
+    progress = (done + 1 - warmup) / max(1, steps - warmup)
+    return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * min(1.0, progress))) / 2

@@ -1,0 +1,246 @@
+"""From LoRA adapters to a checkpoint like its base: the same tensor names, shards and side files, in SAVE_DTYPE.
+
+Each shard of the base is read and written front to back, some rows of one tensor at a time, so memory stays at a few
+dozen MB whatever the model's size. Sums are made in fp32 and rounded once. The adapters themselves are saved in the
+folder adapter/ of the checkpoint, in PEFT's format.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from blockwise.cli import InputError
+from blockwise.models import llada
+from blockwise.models.hub import INDEX, reason, weight_files
+from blockwise.run import files
+
+CHUNK = 2**23  # elements of a tensor in memory at a time: 32 MB in fp32
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+SAVED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # SAVE_DTYPE -> its name in safetensors files
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx"}  # not side files
+ADAPTER = "adapter"  # folder in a checkpoint
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+
+
+def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
+    """Yields (name of the weight in the hub's files, LoRA layer) for every adapted layer of a PEFT model."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            yield llada.hub_name(name.removeprefix("base_model.model.") + ".weight"), layer
+
+
+def lora_factors(model: PeftModel) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """{weight name in the hub's files: (A (r, in), B (out, r), scale)} of a PEFT model."""
+    factors = {}
+    for name, layer in lora_layers(model):
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        factors[name] = (a.detach(), b.detach(), layer.scaling["default"])
+    return factors
+
+
+@dataclass
+class Rounding:
+    """What rounding to the checkpoint's dtype leaves of the update, over the merged weights."""
+
+    update: float = 0.0  # sum of squares of scale * B @ A
+    error: float = 0.0  # sum of squares of what rounding changed
+    weights: int = 0
+
+    def __add__(self, other: "Rounding") -> "Rounding":
+        return Rounding(self.update + other.update, self.error + other.error, self.weights + other.weights)
+
+    def sentence(self, dtype: str) -> str:
+        """The share of the update that survived: 1 - rms of rounding / rms of the update, at least 0."""
+        update, error = (math.sqrt(x / max(self.weights, 1)) for x in (self.update, self.error))
+        kept = max(0.0, 1 - error / update) if update else 1.0
+        return f"{kept:.0%} of the update survived rounding to {dtype}: rms {update:.1e}, of rounding {error:.1e}"
+
+
+# ---------------------------------------------------------------- writing
+
+
+def merge_weights(
+    base: Path, out: Path, factors: dict, dtype: str = "bfloat16", part: int = 0, parts: int = 1
+) -> tuple[dict[str, dict], Rounding]:
+    """Writes shards part, part + parts, ... of `base` into the folder `out`, with `factors` merged in.
+
+    factors: see lora_factors; dtype: a SAVE_DTYPE. With several processes, each takes another part. Every merged weight
+    is base + scale * B @ A in fp32, rounded once; if base and dtype agree, the other tensors stay the same to the bit.
+    Returns what a manifest says of the files, {name: see files.write}, and the Rounding. Raises InputError.
+    """
+
+    def write_shard(shard):
+        rounding = Rounding()
+        return shard.name, files.write(out / shard.name, merged_shard(shard, factors, SAVED[dtype], rounding)), rounding
+
+    with ThreadPoolExecutor(2) as pool:  # one adds while the other waits for the disk
+        written = list(pool.map(write_shard, weight_files(base)[part::parts]))
+    return {name: entry for name, entry, _ in written}, sum((rounding for *_, rounding in written), Rounding())
+
+
+def merged_shard(source: Path, factors: dict, dtype: str, rounding: Rounding) -> Iterator:
+    """Yields the bytes of a safetensors file anew: the same tensors in the same order, with `factors` merged in."""
+    with open(source, "rb") as base:
+        old = files.read_tensor_header(base)  # leaves `base` at the first tensor's data
+        yield files.tensor_header({name: (dtype, tensor["shape"]) for name, tensor in old.items()})
+        for name, tensor in old.items():
+            for chunk in merged_tensor(base, DTYPES[tensor["dtype"]], tensor["shape"], factors.get(name)):
+                yield rounded(chunk, name, DTYPES[dtype], factors.get(name), rounding)
+
+
+def merged_tensor(base, dtype: torch.dtype, shape: list[int], factor: tuple | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Reads the next tensor of `base`, some rows at a time. Yields them as they are, and with (A, B, scale) added."""
+    rows, width = shape[0], math.prod(shape[1:])
+    step = max(1, CHUNK // width)
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        data = bytearray(base.read((stop - start) * width * dtype.itemsize))
+        chunk = merged = torch.frombuffer(data, dtype=dtype).view(stop - start, width)
+        if factor:
+            a, b, scale = factor
+            chunk = chunk.to(a.device).float()
+            merged = torch.addmm(chunk, b[start:stop].float(), a.float(), alpha=scale)
+        yield chunk, merged
+
+
+def rounded(chunk: tuple[Tensor, Tensor], name: str, dtype: torch.dtype, factor: tuple | None, rounding: Rounding):
+    """The bytes of a merged chunk in the checkpoint's dtype; adds what rounding changed to `rounding`."""
+    old, merged = chunk
+    result = merged.to(dtype)
+    if dtype == torch.float16 and not result.isfinite().equal(merged.isfinite()):
+        raise InputError(f"SAVE_DTYPE float16 cannot hold tensor {name}: it has values above 65504; use another.")
+    if factor:
+        rounding.update += (merged - old).square().sum(dtype=torch.float64).item()
+        rounding.error += (result.float() - merged).square().sum(dtype=torch.float64).item()
+        rounding.weights += merged.numel()
+    return result.cpu().view(torch.uint8).numpy()
+
+
+def copy_side_files(base: Path, out: Path, dtype: str = "bfloat16") -> dict[str, dict]:
+    """Copies what a checkpoint holds besides its weights: config, tokenizer, code, licence. Returns manifest lines."""
+    names = [file.name for file in base.iterdir() if file.is_file() and file.suffix not in WEIGHTS]
+    return {name: files.write(out / name, [side_file(base, name, dtype)]) for name in names if name != files.MANIFEST}
+
+
+def side_file(base: Path, name: str, dtype: str) -> bytes:
+    """The bytes of a side file: as they are, except that a base in another dtype gets its dtype and size corrected."""
+    data, changes = (base / name).read_bytes(), {}
+    if name == "config.json":
+        changes = dict.fromkeys({"dtype", "torch_dtype"} & json.loads(data).keys(), dtype)
+    elif name == INDEX:
+        changes = {"metadata": json.loads(data).get("metadata", {}) | {"total_size": data_size(base, dtype)}}
+    content = json.loads(data) if changes else {}
+    if content == content | changes:
+        return data
+    return (json.dumps(content | changes, indent=2) + "\n").encode()
+
+
+def data_size(folder: Path, dtype: str) -> int:
+    """Bytes of all tensors of a checkpoint in a dtype."""
+    size = 0
+    for shard in weight_files(folder):
+        with open(shard, "rb") as file:
+            shapes = [tensor["shape"] for tensor in files.read_tensor_header(file).values()]
+        size += sum(math.prod(shape) for shape in shapes) * files.TENSOR_BYTES[SAVED[dtype]]
+    return size
+
+
+# ---------------------------------------------------------------- the adapters, in PEFT's format
+
+
+def save_adapter(model: PeftModel, base_name: str, out: Path) -> None:
+    """Writes the adapters into the new folder `out`, as PEFT does, with a manifest. base_name: the base they belong to.
+
+    PeftModel.from_pretrained(base, out) reads them, with the base loaded as LLaDAForCausalLM.
+    """
+    out.mkdir()
+    config = copy.copy(model.peft_config["default"])
+    config.base_model_name_or_path, config.inference_mode = base_name, True
+    config.target_modules = sorted(config.target_modules)  # a set, whose order is another in every process
+    config.save_pretrained(out)
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header = files.tensor_header({name: (names[tensor.dtype], list(tensor.shape)) for name, tensor in tensors.items()})
+    data = (tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy() for tensor in tensors.values())
+    written = {
+        ADAPTER_WEIGHTS: files.write(out / ADAPTER_WEIGHTS, (part for some in ([header], data) for part in some))
+    }
+    files.write_manifest(out, {"files": written | {ADAPTER_CONFIG: files.existing(out / ADAPTER_CONFIG)}})
+    files.sync(out)
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """Adds the adapters of a folder in PEFT's format to a base. Raises InputError if they do not belong to it."""
+    folder = Path(folder)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise InputError(f"--adapter {folder}: {name} is missing; give the folder adapter/ of a checkpoint.")
+    try:
+        config = PeftConfig.from_pretrained(folder)
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+        if not isinstance(config, LoraConfig):
+            raise ValueError("it holds no LoRA adapters")
+        model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise InputError(f"--adapter {folder} cannot be used with this model: {reason(error)}") from error
+    wanted = {
+        name: tensor.shape for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    if wanted != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise InputError(
+            f"--adapter {folder}: its tensors do not fit the layers of this model; give the base it names."
+        )
+    set_peft_model_state_dict(model, tensors)
+    return model
+
+
+# ---------------------------------------------------------------- merged against unmerged
+
+
+@torch.no_grad()
+def logit_gap(model: PeftModel, base: Path, merged: Path, inputs: Tensor, positions: Tensor) -> str:
+    """How far the logits of the checkpoint in `merged` are from those of base + adapters, on one batch.
+
+    The merged weights are read from the saved files into the live model one by one, and the base's afterwards, so no
+    second model is needed; the model is the same to the bit when this returns. model: PEFT model in evaluation mode;
+    inputs: (B, L) ids; positions: (B, L) bool, where to compare. Returns a sentence.
+    """
+
+    def logits():
+        return model(input_ids=inputs, logits_to_keep=positions).logits.float()  # (n, V)
+
+    tuned = logits()
+    with model.disable_adapter():
+        untuned = logits()
+        try:
+            load_adapted(model, merged)
+            saved = logits()
+        finally:
+            load_adapted(model, base)
+    gap, effect = (saved - tuned).abs(), (tuned - untuned).abs()
+    same = (saved.argmax(-1) == tuned.argmax(-1)).float().mean()
+    return (
+        f"merged against unmerged logits: mean difference {gap.mean():.2g}, largest {gap.max():.2g}, "
+        f"same first choice at {same:.1%} of {len(tuned)} positions (the adapters moved them by {effect.mean():.2g})"
+    )
+
+
+def load_adapted(model: PeftModel, folder: Path) -> None:
+    """Copies the weights of a checkpoint folder into the adapted layers of a PEFT model, one tensor at a time."""
+    layers = dict(lora_layers(model))
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as weights:
+            for name in layers.keys() & set(weights.offset_keys()):
+                layers[name].base_layer.weight.copy_(weights.get_tensor(name))

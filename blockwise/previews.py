@@ -1,0 +1,44 @@
+"""What the model answers to a few training prompts during the training; see SAMPLE_EVERY."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import masking
+from blockwise.cli import InputError
+from blockwise.data import Samples
+from blockwise.decoding import decode
+from blockwise.decoding.settings import Settings
+from blockwise.models import hub
+
+PROMPTS = 4  # the first ones of the training samples
+
+
+class Previews:
+    """Answers to the first prompts of the training samples, decoded exactly."""
+
+    def __init__(self, base: Path, config, samples: Samples, knobs: SimpleNamespace):
+        """Raises InputError if the prompts cannot be answered: later it would end the training."""
+        self.tokenizer = hub.load_tokenizer(base)
+        self.prompts = [ids[:start].tolist() for ids, start in zip(samples.ids[:PROMPTS], samples.prompt_len)]
+        block_length = getattr(knobs, "BLOCK_SIZE", Settings.block_length)  # the baseline has no blocks
+        longest = int((samples.length - samples.prompt_len)[:PROMPTS].max())
+        gen_length = masking.num_blocks(longest, block_length) * block_length
+        self.settings = Settings(gen_length, block_length, steps=gen_length)
+        try:
+            decode.make_canvas(config, self.prompts, gen_length, "cpu")
+        except InputError as error:
+            raise InputError(f"SAMPLE_EVERY={knobs.SAMPLE_EVERY}: {error} Set it to 0.") from error
+
+    def lines(self, model, step: int) -> str:
+        """The lines of samples.jsonl after a step. model: PEFT model; it is in training mode again afterwards."""
+        model.eval()
+        ends = decode.end_ids(model, self.tokenizer)
+        answers, _ = decode.decode(model.get_base_model(), self.prompts, self.settings, ends)  # with the adapters
+        model.train()
+        lines = []
+        for prompt, answer in zip(self.prompts, answers.tolist()):
+            completion = decode.completion(self.tokenizer, answer, ends)
+            row = {"step": step, "prompt": self.tokenizer.decode(prompt), "completion": completion}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        return "".join(lines)

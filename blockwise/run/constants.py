@@ -1,0 +1,51 @@
+"""ablation_config.json: the constants of a run and what else it depends on; only a run with the same is resumed."""
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+from blockwise.cli import InputError
+from blockwise.run import files
+from blockwise.run.ranks import Ranks, print0
+from blockwise.run.run_folder import CONSTANTS, RunFolder
+
+MAY_CHANGE_ON_RESUME = {"RESUME", "RESUME_EVERY", "MAX_BAD_STEPS"}  # knobs that change no number
+VERSIONS = ("torch", "transformers", "deepspeed", "peft")
+
+
+def constants_of(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: str, **derived) -> dict:
+    """All constants in force, and under "derived" what the run depends on besides. base: see hub.fingerprint."""
+    derived = {
+        "script": Path(sys.argv[0]).name,
+        "ranks": ranks.world_size,
+        "total_steps": steps,
+        "data": files.sha256(knobs.DATA_PT),
+        "model": base,
+    } | derived
+    return vars(knobs) | {"derived": derived | {name: version(name) for name in VERSIONS}}
+
+
+def keep_or_compare(folder: RunFolder, constants: dict, ranks: Ranks) -> None:
+    """Writes the constants of a new run, or compares them with those of the run to resume. Raises InputError."""
+    before = folder.constants()
+    if before is None:
+        with files.writing(folder.path):
+            files.replace(folder.path / CONSTANTS, json.dumps(constants, indent=2) + "\n")
+        return
+    was, now = before["derived"], constants["derived"]
+    changed = [(name, was.get(name), now[name]) for name in now if was.get(name) != now[name]]
+    for name, old, new in changed:
+        if name in VERSIONS:
+            print0(ranks, "warning", f"the run was started with {name} {old}, this is {new}: numbers may differ")
+    different = [change for change in changed if change[0] not in VERSIONS]
+    for name in constants.keys() - MAY_CHANGE_ON_RESUME - {"derived"}:
+        if before.get(name) != constants[name]:
+            different.append((name, before.get(name), constants[name]))
+    if different:
+        name, old, new = different[0]
+        change = f"{name} was {old!r}, now it is {new!r}"
+        if name in ("data", "model"):
+            change = f"the content of {constants[{'data': 'DATA_PT', 'model': 'MODEL_NAME'}[name]]} has changed"
+        raise InputError(f"{folder.path} is another run: {change}. Start a new one without --RESUME=True.")

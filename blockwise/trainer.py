@@ -1,0 +1,329 @@
+"""The training that all objectives share: one optimizer step, the loop around it, checkpoints.
+
+An objective is a `noise` and a `loss`, which a training script passes to `train`. A line belongs here only if changing
+it for one objective and not for another would make their comparison unfair.
+
+Letters in shapes: N samples of the data, G of a global batch, L positions, V vocabulary, n supervised positions.
+Every random number of a step comes from (SEED, step), dropout's also from the rank. Each rank makes the noise of the
+whole global batch and trains on its own rows of it: ranks see different masks, but a batch has the same for any number
+of ranks.
+"""
+
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+import masking
+from blockwise import engine as engines
+from blockwise.cli import STOPPED, InputError, progress
+from blockwise.data import Samples, derive_seed, make_samples, read_pt, schedule
+from blockwise.models import checkpoint, hub
+from blockwise.previews import Previews
+from blockwise.run import constants, files, resume, signals
+from blockwise.run.logs import Logs
+from blockwise.run.ranks import Ranks, print0
+from blockwise.run.run_folder import RunFolder, Status, new_run, run_to_resume
+
+warnings.filterwarnings("ignore", category=FutureWarning)  # the pinned packages warn about each other
+COMPARED = 4  # samples on which merged and unmerged logits are compared
+
+Noise = Callable[[masking.Batch, torch.Generator, SimpleNamespace], masking.Noised]
+Loss = Callable[[Tensor, masking.Noised], Tensor]
+
+
+# ---------------------------------------------------------------- one optimizer step
+
+
+@dataclass
+class Step:
+    """What an optimizer step over the global batch gives."""
+
+    loss: float  # of the global batch; nan if no token was supervised: there is no loss then
+    grad_norm: float  # before clipping
+    supervised: int  # tokens
+    bad_rows: list[int]  # entries of DATA_PT that a NaN or infinity may come from; then the optimizer step was skipped
+    stop: bool  # some rank was stopped by a signal
+
+
+def train_step(run: "Run", step: int, should_stop: Callable[[], bool] = lambda: False) -> Step:
+    """One optimizer step over global batch number `step`, from 1. should_stop: whether this rank got a signal."""
+    knobs, ranks, engine = run.knobs, run.ranks, run.engine
+    samples, noised = global_batch(run, step)
+    torch.manual_seed(derive_seed(knobs.SEED, "dropout", step, ranks.rank))
+    losses = []
+    for micro in range(knobs.GRAD_ACC):
+        start = (micro * ranks.world_size + ranks.rank) * knobs.MICRO_BSIZE
+        part = noised.rows(slice(start, start + knobs.MICRO_BSIZE))  # this rank's micro-batch
+        # the language-model head runs only where there is a loss: logits are (n, V)
+        logits = engine(input_ids=part.input_ids, logits_to_keep=part.supervised, **part.model_args).logits
+        loss = run.loss(logits, part)  # this part's share of the global batch's loss
+        losses.append(loss.detach().float())
+        loss = loss * (1 + 0 * losses[-1])  # a non-finite loss makes the gradient non-finite: the engine skips the step
+        engine.backward(loss * ranks.world_size * knobs.GRAD_ACC)  # as it averages over ranks and micro-batches
+        engine.step()  # changes the weights at the last micro-batch only
+    losses, stop = gather_losses(losses, bool(should_stop()))  # (ranks, GRAD_ACC)
+    supervised = int(noised.supervised.sum())
+    bad_rows = [] if engine.was_step_applied() else rows_with_nonfinite_loss(losses, samples, run)
+    loss = losses.sum().item() if supervised else math.nan
+    return Step(loss, float(engine.get_global_grad_norm()), supervised, bad_rows, stop)
+
+
+def global_batch(run: "Run", step: int) -> tuple[Tensor, masking.Noised]:
+    """The samples of a step, (G,) indices, and their noise, the same on every rank."""
+    size, samples = global_batch_size(run.knobs, run.ranks), run.samples
+    sample, block = run.plan[(step - 1) * size : step * size].T  # (G,), (G,)
+    batch = masking.Batch(samples.ids[sample].long(), samples.prompt_len[sample], samples.length[sample], block)
+    generator = torch.Generator(run.ranks.device).manual_seed(derive_seed(run.knobs.SEED, "masks", step))
+    return sample, run.noise(batch, generator, run.knobs)
+
+
+def gather_losses(losses: list[Tensor], stop: bool) -> tuple[Tensor, bool]:
+    """The losses of all ranks' micro-batches, (ranks, GRAD_ACC), and whether any rank is to stop."""
+    mine = torch.stack([*losses, torch.full_like(losses[0], stop)])
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    everyone = torch.stack(everyone)
+    return everyone[:, :-1], bool(everyone[:, -1].any())
+
+
+def rows_with_nonfinite_loss(losses: Tensor, sample: Tensor, run: "Run") -> list[int]:
+    """Entries of DATA_PT in micro-batches with a non-finite loss; all of the global batch if only a gradient is."""
+    bad = ~losses.isfinite().T.flatten()  # (micro-batches of the global batch,), in its order
+    bad = (bad | ~bad.any()).repeat_interleave(run.knobs.MICRO_BSIZE)  # (G,)
+    return run.samples.number[sample[bad]].tolist()
+
+
+# ---------------------------------------------------------------- the training
+
+
+def train(
+    knobs: SimpleNamespace, noise: Noise, loss: Loss = masking.weighted_nll,
+    blocks: Callable[[Tensor], Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Fine-tunes LoRA adapters, logs every optimizer step, saves merged checkpoints. Run by the deepspeed launcher.
+
+    knobs: the script's constants. noise(batch, generator, knobs): the global batch as the model sees it; all its random
+    numbers come from the generator. loss(logits (n, V), part): the share of a part of that in the loss of the global
+    batch. blocks: answer lengths (N,) -> number of blocks of each sample (N,), of which a run trains each at most once;
+    None: every sample comes once in each epoch.
+    Raises InputError before anything is trained or written if the knobs, the samples or the model cannot be used, and
+    during the training if a file cannot be written or MAX_BAD_STEPS come in a row. Exits with STOPPED on a signal.
+    """
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
+        raise InputError(f"start this script with the launcher: deepspeed --num_gpus N {sys.argv[0]}")
+    signals.end_at_once()
+    launchers, began = signals.launchers(), time.perf_counter()
+    run = start(knobs, noise, loss, blocks)
+    done, bad_steps = steps_done(run)
+    with resume.with_resume_hint(run.folder), signals.Watch(run.ranks, launchers) as watch:
+        step, stopped = loop(run, watch, done, bad_steps)
+    dist.destroy_process_group()
+    if stopped:
+        print0(run.ranks, "stopped", f"by a signal, after step {step}; the same command with --RESUME=True resumes it")
+        sys.exit(STOPPED)
+    losses, seconds = run.logs.losses(), time.perf_counter() - began
+    loss = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+    print0(run.ranks, "done", f"{len(losses)} steps, {seconds:.0f} s in this process, {loss}")
+    print0(run.ranks, "logs", f"{run.folder.path}/train_loss.csv, metrics.csv, {constants.CONSTANTS}")
+
+
+@dataclass
+class Run:
+    """What all steps of a training share."""
+
+    knobs: SimpleNamespace  # the script's constants
+    ranks: Ranks
+    base: Path  # folder of the base model
+    samples: Samples  # the data, on the rank's device
+    plan: Tensor  # (P, 2): sample and block of each draw, see data.schedule
+    noise: Noise
+    loss: Loss
+    steps: int  # optimizer steps
+    folder: RunFolder
+    logs: Logs
+    model: PeftModel
+    engine: deepspeed.DeepSpeedEngine
+    previews: Previews | None
+
+
+def start(knobs: SimpleNamespace, noise: Noise, loss: Loss, blocks: Callable | None) -> Run:
+    """Checks all that the user gives, then loads model and engine. Raises InputError."""
+    ranks, data = Ranks.from_environment(), read_pt(knobs.DATA_PT)  # before the base, which may be a large download
+    base = hub.local_folder(knobs.MODEL_NAME)
+    config = engines.check_model(base, knobs)
+    samples = make_samples(data, knobs, config)
+    previews = Previews(base, config, samples, knobs) if knobs.SAMPLE_EVERY else None
+    answer_len = samples.length - samples.prompt_len  # (N,)
+    plan = schedule(blocks(answer_len) if blocks else 0 * answer_len + knobs.EPOCHS, knobs.EPOCHS, knobs.SEED)  # (P, 2)
+    steps = plan_steps(knobs, ranks, samples, plan)
+    engines.start_group()
+    folder = ranks.on_first_rank(lambda: open_folder(knobs, ranks, steps, base))
+    ranks.on_all_ranks(lambda: hold_folder(folder, ranks))
+    model = engines.lora_model(base, knobs, ranks)
+    engine = engines.start_engine(model, knobs, steps)
+    samples, plan, logs = samples.to(ranks.device), plan.to(ranks.device), Logs(ranks, folder.path)
+    return Run(knobs, ranks, base, samples, plan, noise, loss, steps, folder, logs, model, engine, previews)
+
+
+def open_folder(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: Path) -> RunFolder:
+    """Finds the folder of the run to resume, or makes that of a new one, and locks it. Raises InputError."""
+    folder = run_to_resume(knobs.CKPT_DIR) if knobs.RESUME else None
+    if knobs.RESUME and not folder:
+        print0(ranks, "resume", f"there is no run of {knobs.CKPT_DIR} yet: this one is new")
+    folder = folder or new_run(knobs.CKPT_DIR)
+    files.lock(folder.path)
+    now = constants.constants_of(knobs, ranks, steps, hub.fingerprint(base), lora_alpha=engines.lora_alpha(knobs))
+    constants.keep_or_compare(folder, now, ranks)
+    engines.write_config(knobs)
+    folder.remove_unfinished()
+    files.lock(folder.path, shared=True)
+    return folder
+
+
+def hold_folder(folder: RunFolder, ranks: Ranks) -> None:
+    """Every rank shares the lock of the folder, so that no run starts there while a rank of this one is alive.
+
+    Raises InputError on a machine that does not see the folder.
+    """
+    try:
+        files.lock(folder.path, shared=True)
+    except InputError as error:
+        more = f"With several machines, CKPT_DIR must be in a folder that all share (rank {ranks.rank})."
+        raise InputError(f"{error} {more}") from None
+
+
+def steps_done(run: Run) -> tuple[int, int]:
+    """Brings engine and logs to where the run is. Returns the steps done, and the bad steps in a row at their end."""
+    status = run.ranks.on_first_rank(run.folder.status)
+    if status is Status.UNFINISHED:
+        return resume.load(run.engine, run.ranks, run.folder, run.logs)
+    if status is Status.FINISHED:  # it was killed while it removed its resume points
+        return run.steps, 0
+    if run.knobs.RESUME:
+        print0(run.ranks, "resume", f"{run.folder.path} has no resume point yet: it starts at step 1")
+    run.ranks.on_first_rank(lambda: run.logs.start(None))
+    return 0, 0
+
+
+def loop(run: Run, watch: signals.Watch, done: int, bad_steps: int) -> tuple[int, bool]:
+    """Trains after step `done` and N bad steps in a row, to the end or until a signal stops it.
+
+    Returns the last step, and whether a signal stopped it. Raises InputError after MAX_BAD_STEPS in a row.
+    """
+    knobs, ranks, step, stopped = run.knobs, run.ranks, done, False
+    tokens = global_batch_size(knobs, ranks) * knobs.MAX_LEN
+    if done and every(knobs.SAVE_EVERY, done, run.steps):  # it may have ended between resume point and checkpoint
+        save_checkpoint(run, done)
+    bar = progress(
+        range(done + 1, run.steps + 1), "training", run.steps, initial=done, unit="step", disable=ranks.rank > 0
+    )
+    for step in bar:
+        began, lr = time.perf_counter(), run.engine.get_lr()[0]
+        with watch.step():
+            result = train_step(run, step, lambda: watch.stop)
+        run.logs.add_step(step, lr, result, tokens / (time.perf_counter() - began))
+        bar.set_postfix(loss=f"{result.loss:.3f}", refresh=False)
+        bad_steps, stopped = bad_steps + 1 if result.bad_rows else 0, result.stop
+        too_bad = bad_steps >= knobs.MAX_BAD_STEPS
+        if run.previews and step % knobs.SAMPLE_EVERY == 0:
+            ranks.on_first_rank(lambda step=step: run.logs.append("samples.jsonl", run.previews.lines(run.model, step)))
+        save = every(knobs.SAVE_EVERY, step, run.steps)
+        if save or stopped or too_bad or every(knobs.RESUME_EVERY, step, run.steps):
+            resume.save(run.engine, ranks, run.folder, run.logs, step, bad_steps)
+        if too_bad:
+            bad = f"{bad_steps} bad steps in a row, see {run.folder.path}/bad_steps.jsonl"
+            raise InputError(f"{bad}; a lower LR may help.")
+        if stopped:  # a checkpoint of this step is made when the run is resumed
+            return step, True
+        if save:
+            save_checkpoint(run, step)
+    ranks.on_first_rank(lambda: resume.remove(run.folder.resume_points()))  # the run is finished
+    return step, False
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def global_batch_size(knobs: SimpleNamespace, ranks: Ranks) -> int:
+    return knobs.MICRO_BSIZE * knobs.GRAD_ACC * ranks.world_size
+
+
+def every(number: int, step: int, steps: int) -> bool:
+    """Whether what is done every N steps (0: never), and in the last, is done in this one."""
+    return step == steps or (number > 0 and step % number == 0)
+
+
+def plan_steps(knobs: SimpleNamespace, ranks: Ranks, samples: Samples, plan: Tensor) -> int:
+    """The number of optimizer steps. Prints on rank 0 how it and the other sizes come about. Raises InputError."""
+    size, n, draws = global_batch_size(knobs, ranks), len(samples.length), len(plan)
+    factors = f"{size:,} = {knobs.MICRO_BSIZE} MICRO_BSIZE x {knobs.GRAD_ACC} GRAD_ACC x {ranks.world_size} ranks"
+    if n < size:
+        raise InputError(
+            f"{knobs.DATA_PT}: {n:,} usable samples (MAX_SAMPLES {knobs.MAX_SAMPLES}) are fewer than one global batch "
+            f"of {factors}; lower MICRO_BSIZE or GRAD_ACC, or prepare more samples."
+        )
+    steps = knobs.TOTAL_TRAIN_STEPS or draws // size
+    if steps > draws // size:
+        raise InputError(
+            f"TOTAL_TRAIN_STEPS={steps} is more than the {draws // size} steps of {n:,} samples, EPOCHS={knobs.EPOCHS} "
+            f"and a global batch of {factors}; raise EPOCHS or MAX_SAMPLES, or lower TOTAL_TRAIN_STEPS."
+        )
+    used_up = n * knobs.EPOCHS - draws
+    warmup = engines.warmup_steps(steps, knobs.WARMUP_TYPE, knobs.WARMUP_RATIO)
+    for what, text in (
+        ("samples", f"{n:,} of {knobs.DATA_PT} ({samples.unanswered:,} without an answer left out)"),
+        ("passes", f"{draws:,} = {n:,} samples x {knobs.EPOCHS} EPOCHS - {used_up:,} with no block left"),
+        ("global batch", factors),
+        ("steps", f"{steps:,} " + ("= TOTAL_TRAIN_STEPS" if knobs.TOTAL_TRAIN_STEPS else f"= {draws:,} // {size:,}")),
+        ("tokens/step", f"{size * knobs.MAX_LEN:,} = {size:,} samples x {knobs.MAX_LEN} MAX_LEN"),
+        ("warm-up", f"{warmup:,} steps, {knobs.WARMUP_TYPE} = {knobs.WARMUP_RATIO:.0%} of {steps:,}"),
+    ):
+        print0(ranks, what, text)
+    return steps
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(run: Run, step: int) -> None:
+    """Writes {CKPT_DIR}_stepXXXX, the base with the adapters merged in; it has that name only once it is complete."""
+    ranks, base, dtype = run.ranks, run.base, run.knobs.SAVE_DTYPE
+    began, folder, rounding = time.perf_counter(), run.folder.checkpoint(step), checkpoint.Rounding()
+    if ranks.on_first_rank(folder.exists):
+        return  # the run had come so far before it was interrupted
+
+    def write_files(unfinished):  # all ranks share the work
+        nonlocal rounding
+        factors = checkpoint.lora_factors(run.model)
+        written, rounding = checkpoint.merge_weights(base, unfinished, factors, dtype, ranks.rank, ranks.world_size)
+        if ranks.rank == 0:
+            written |= checkpoint.copy_side_files(base, unfinished, dtype)
+            checkpoint.save_adapter(run.model, run.knobs.MODEL_NAME, unfinished / checkpoint.ADAPTER)
+        return written
+
+    files.publish(ranks, run.folder.path / f"step{step:04d}.unfinished", folder, write_files, content={})
+    rounding = sum(ranks.on_all_ranks(lambda: rounding), checkpoint.Rounding())
+    print0(ranks, "checkpoint", f"{folder}/ in {time.perf_counter() - began:.1f} s; {rounding.sentence(dtype)}")
+    if step == run.steps:
+        ranks.on_first_rank(lambda: print0(ranks, "", gap_on_first_samples(run, folder)))
+
+
+def gap_on_first_samples(run: Run, folder: Path) -> str:
+    """checkpoint.logit_gap on the first samples, seen as decoding first sees them: all of the answer masked."""
+    first = [tensor[:COMPARED] for tensor in (run.samples.ids.long(), run.samples.prompt_len, run.samples.length)]
+    run.model.eval()
+    sentence = checkpoint.logit_gap(run.model, run.base, folder, *masking.mask_answers(*first, run.knobs.MASK_ID))
+    run.model.train()
+    return sentence
