@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole recipe on a tiny LLaDA, on any machine: data, both trainers, curves, Pass@1, an answer block by block.
-# Needs bash and Python 3.11 or newer. What it makes lies in demo_run/, which it empties first; beside that, only the
+# Needs bash and Python 3.11 or newer. What it makes lies in demo_run/, which it empties first; besides that, only the
 # environment .venv/ and ds_zero2.json, which every training writes.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
@@ -18,23 +18,26 @@ LAUNCH="deepspeed --quiet --num_gpus $RANKS --master_port $PORT"
 step() { printf '\n== %s\n' "$*"; }
 rm -rf demo_run
 
-step "1/5 long additions as token ids, for a base that half knows them (demo/README.md)"
+step "1/6 long additions as token ids, for a base that half knows them (demo/README.md)"
 python -m experiments.make_data --output demo_run/data --rows 6400 --seed 1
 python -m experiments.make_data --output demo_run/heldout --rows 200 --seed 2
 python pt.py --output demo_run/train.pt --model demo/base --dataset demo_run/data --max_len 64
 
-step "2/5 Blockwise SFT on $RANKS ranks"
+step "2/6 Blockwise SFT on $RANKS ranks"
 $LAUNCH train_blockwise.py "${KNOBS[@]}" --BLOCK_SIZE=$BLOCK_SIZE --CKPT_DIR=demo_run/blockwise
 
-step "3/5 full-sequence SFT, the baseline, on $RANKS ranks"
+step "3/6 full-sequence SFT, the baseline, on $RANKS ranks"
 $LAUNCH train_fullseq.py "${KNOBS[@]}" --CKPT_DIR=demo_run/fullseq
 
-step "4/5 Pass@1 on problems that were not trained on"
-for name in fullseq blockwise; do
+step "4/6 Blockwise SFT until as many tokens are supervised as in the baseline: all 5 blocks of each answer"
+$LAUNCH train_blockwise.py "${KNOBS[@]}" --BLOCK_SIZE=$BLOCK_SIZE --EPOCHS=5 --CKPT_DIR=demo_run/blockwise_equal_tokens
+
+step "5/6 Pass@1 on problems that were not trained on"
+for name in fullseq blockwise blockwise_equal_tokens; do
   python eval.py --compare demo/base demo_run/${name}_step* --data demo_run/heldout/train.jsonl \
     --output demo_run/results "${DECODING[@]}"
 done
 
-step "5/5 curves, a table of all three, and an answer block by block"
-python plot_loss.py demo_run/blockwise_logs/train_loss.csv demo_run/fullseq_logs/train_loss.csv --output demo_run/loss.png
+step "6/6 curves, a table, and an answer block by block"
+python plot_loss.py demo_run/{blockwise,fullseq,blockwise_equal_tokens}_logs/train_loss.csv --output demo_run/loss.png
 python -m demo.summary demo_run $BLOCK_SIZE

@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from blockwise.cli import InputError, progress, read_jsonl, run_script
-from blockwise.decoding.settings import add_flags, from_flags
+from blockwise.decoding.settings import Settings, add_flags, from_flags
 from blockwise.prompts import prompt_ids, user_message
 from blockwise.run import files
 
@@ -41,7 +41,7 @@ LINE = {"problem", "question", "gold", "completion", "correct", "tokens", "forwa
 QUESTION, GOLD = ("question", "problem", "query"), ("answer", "response")  # names of GSM8K, MATH-500, MetaMathQA
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="folder of a checkpoint, or hub id")
@@ -67,6 +67,11 @@ def main():
     problems = load_problems(args)
     from blockwise.run.ranks import Ranks  # only now: a mistyped flag is reported without waiting for torch
 
+    if args.adapter:
+        from blockwise.models import checkpoint
+
+        checkpoint.adapter_config(args.adapter)  # before a folder of results is made
+
     ranks = Ranks.from_environment()
     if ranks.world_size > 1:
         import torch.distributed as dist
@@ -85,7 +90,8 @@ def main():
         for name, ids, folder in zip(names, prompts, folders)
     ]
     if ranks.rank == 0:
-        report(names, answers, args, settings)
+        adapter = f" + {args.adapter}" if args.adapter else ""
+        report([f"{name}{adapter}" for name in names], answers, args, settings)
     if ranks.world_size > 1:
         dist.destroy_process_group()
 
@@ -95,7 +101,7 @@ def label(name: str, adapter: str | None) -> str:
     return "+".join([Path(name).name, *(["-".join(Path(adapter).absolute().parts[-2:])] if adapter else [])])
 
 
-def load_problems(args):
+def load_problems(args: argparse.Namespace) -> list[dict[str, str]]:
     """The problems, a list of {"question", "gold"}. Raises InputError that names a bad row."""
     from blockwise import scoring
 
@@ -119,7 +125,7 @@ def load_problems(args):
     return problems
 
 
-def encode(name, problems, settings):
+def encode(name: str, problems: list[dict], settings: Settings) -> list[list[int]]:
     """Checks a model without loading it. Returns the problems as prompts, lists of ids. Raises InputError."""
     from blockwise.decoding import decode
     from blockwise.models import hub, llada
@@ -133,7 +139,7 @@ def encode(name, problems, settings):
     return prompts
 
 
-def evaluate(name, prompts, problems, folder, args, settings, ranks):
+def evaluate(name: str, prompts: list, problems: list, folder: Path, args, settings: Settings, ranks) -> list[dict]:
     """Answers the problems that have no answer in the folder, shared out to the ranks. Returns all, by problem.
 
     The batches are the same whatever was answered before and on however many ranks: so are the answers.
@@ -148,7 +154,9 @@ def evaluate(name, prompts, problems, folder, args, settings, ranks):
     return [answers[i] for i in range(len(problems))]
 
 
-def answer(name, problems, prompts, batches, todo, folder, args, settings, ranks):
+def answer(
+    name: str, problems: list, prompts: list, batches: list, todo: list[int], folder: Path, args, settings, ranks
+) -> None:
     """Answers the batches `todo` and appends a line for each problem to this rank's file, batch by batch."""
     import torch
 
@@ -179,7 +187,7 @@ def answer(name, problems, prompts, batches, todo, folder, args, settings, ranks
 # ---------------------------------------------------------------- the folder of results
 
 
-def description(name, problems, prompts, args, settings):
+def description(name: str, problems: list, prompts: list, args: argparse.Namespace, settings: Settings) -> dict:
     """What the answers depend on, for settings.json: only a run with the same can continue.
 
     The prompts are in it for the tokenizer and its chat template.
@@ -187,14 +195,14 @@ def description(name, problems, prompts, args, settings):
     from blockwise.models import hub
 
     shards = hub.weight_files(hub.local_folder(name))
-    shards += sorted(Path(args.adapter).glob("*.safetensors")) if args.adapter else []
+    shards += hub.adapter_files(args.adapter) if args.adapter else []
     weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in shards]
     digest = hashlib.sha256(json.dumps([problems, prompts]).encode()).hexdigest()
     more = {key: getattr(args, key) for key in ("task", "batch_size", "dtype", "seed", "adapter")}
     return {"model": name, "weights": weights, "problems": len(problems), "sha256": digest} | more | asdict(settings)
 
 
-def prepare(folder, wanted):
+def prepare(folder: Path, wanted: dict) -> None:
     """Makes the folder of results, or makes sure that it holds those of the same run. Raises InputError."""
     path = folder / "settings.json"
     if not path.exists():
@@ -216,14 +224,14 @@ def prepare(folder, wanted):
         )
 
 
-def append(path, rows):
+def append(path: Path, rows: list[dict]) -> None:
     """Adds lines to a jsonl file; they are on the disk when this returns."""
     with files.writing(f"--output {path}"):
         files.append(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         files.sync(path)
 
 
-def read_answers(folder):
+def read_answers(folder: Path) -> dict[int, dict]:
     """All lines of the folder's answers, {problem: line}. The unfinished last line of a file does not count."""
     answers = {}
     for path in sorted(folder.glob("answers*.jsonl")):
@@ -239,7 +247,7 @@ def read_answers(folder):
     return answers
 
 
-def collect(folder, batches):
+def collect(folder: Path, batches: list[list[int]]) -> list[int]:
     """Brings the lines of all ranks together in answers.jsonl, in the order of the problems; half batches go.
 
     Returns the numbers of the batches without answers. Locks the folder if there is something to do; the results of a
@@ -261,7 +269,7 @@ def collect(folder, batches):
 # ---------------------------------------------------------------- the report
 
 
-def figures(answers):
+def figures(answers: list[dict]) -> tuple[float, tuple[float, float], float, float]:
     """Share of right answers, its 95 % interval, tokens per second and rank, forward passes per token."""
     from blockwise import scoring
 
@@ -270,7 +278,7 @@ def figures(answers):
     return right / len(answers), scoring.wilson(right, len(answers)), tokens / seconds, forwards / tokens
 
 
-def report(names, answers, args, settings):
+def report(names: list[str], answers: list[list[dict]], args: argparse.Namespace, settings: Settings) -> None:
     """Prints a line for each model, the settings, and for two models the paired test."""
     from blockwise import scoring
 

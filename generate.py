@@ -17,7 +17,7 @@ from blockwise.prompts import prompt_ids
 from blockwise.run import files
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a checkpoint, or hub id")
     source = parser.add_mutually_exclusive_group(required=True)

@@ -18,7 +18,7 @@ from blockwise.run import files
 PROBES = 100  # samples on which a faster tokenizer must agree with the model's
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="MathQA_256.pt", help="file to write")
     parser.add_argument("--model", default="GSAI-ML/LLaDA-8B-Instruct", help="hub id or local folder")

@@ -8,7 +8,7 @@ if [ ! -e .venv/requirements.txt ]; then
   [ -n "$python" ] || { echo "error: Python 3.11 or newer is needed; install it, then start again." >&2; exit 1; }
   "$python" -m venv .venv || { echo "error: python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 fi
-install() {  # the packages of a file, unless they are there already
+install() {  # the packages of a file, unless they are installed
   cmp -s "$1" ".venv/$1" && return
   echo "installing the packages of $1 into .venv (minutes, once) ..."
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"

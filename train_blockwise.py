@@ -2,8 +2,8 @@
 
     deepspeed --num_gpus 8 train_blockwise.py [--NAME=value ...]
 
-The constants below are the knobs; edit them here or override them on the command line. Which tokens are masked and
-which are supervised is in masking.py; all that both trainers have in common is in blockwise/trainer.py.
+The constants below are the knobs; edit them here or override them on the command line. masking.py has the method;
+what both trainers have in common is in blockwise/trainer.py.
 """
 
 import sys
@@ -15,17 +15,17 @@ from blockwise.knobs import at_least, between, one_of, override
 MODEL_NAME = "GSAI-ML/LLaDA-8B-Instruct"  # hub id or local folder
 DATA_PT = "MathQA_256.pt"  # written by pt.py with the tokenizer of MODEL_NAME
 CKPT_DIR = "ckpts_stagewise_sft_32"  # start of the names of the checkpoint and log folders
-MASK_ID: at_least(0) = 126336  # LLaDA's <|mdm_mask|>; other bases have other ids, and the base's config is compared
-MAX_LEN: at_least(2) = 256  # tokens; every sample is padded to this, longer ones are refused
-MAX_SAMPLES: at_least(0) = 200 * 32  # samples of DATA_PT to train on, from its start; 0 = all
+MASK_ID: at_least(0) = 126336  # LLaDA's <|mdm_mask|>; compared with the base's config
+MAX_LEN: at_least(2) = 256  # tokens; samples are padded to this, longer ones refused
+MAX_SAMPLES: at_least(0) = 200 * 32  # the first N samples of DATA_PT; 0 = all
 
 # ---------------------------------------------------------------- method
 BLOCK_SIZE: at_least(1) = 32  # tokens; best the block length of decoding
 MASK_PROB_EPS: between(0.0, 1.0) = 1e-3  # the mask ratio of a sample is uniform between this and 1
-PREFIX_MASK_RATE: between(0.0, 1.0) = 0.0  # share of the earlier blocks that is masked; decoding shows them complete
-SUFFIX_MASK_PROB: between(0.0, 1.0) = 1.0  # share of the later blocks that is masked; decoding writes them later
+PREFIX_MASK_RATE: between(0.0, 1.0) = 0.0  # of the earlier blocks; decoding shows them complete
+SUFFIX_MASK_PROB: between(0.0, 1.0) = 1.0  # of the later blocks; decoding has not written them
 EOS_TAIL = False  # True: the padding up to MAX_LEN is part of the answer, as in LLaDA's own SFT
-BOUND_WEIGHTS = False  # True: loss weighted 1/p x number of blocks (Theorem 3.3) instead of the masked mean
+BOUND_WEIGHTS = False  # True: loss weighted 1/p x number of blocks, Theorem 3.3
 
 # ---------------------------------------------------------------- adapters
 LORA_RANK: at_least(1) = 256
@@ -34,30 +34,30 @@ LORA_DROPOUT: between(0.0, 0.99) = 0.05  # 0.0 saves a third of the activation m
 TARGET_MODS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # layers with adapters
 
 # ---------------------------------------------------------------- optimization
-LR: between(1e-12, 1.0) = 1e-5  # highest learning rate of AdamW, betas (0.9, 0.95)
+LR: between(1e-12, 1.0) = 1e-5  # AdamW, betas (0.9, 0.95)
 WEIGHT_DECAY: between(0.0, 1.0) = 0.0
-WARMUP_TYPE: one_of("linear", "log") = "linear"  # log: the curve of DeepSpeed's WarmupCosineLR, as in the reference
+WARMUP_TYPE: one_of("linear", "log") = "linear"  # log: DeepSpeed's WarmupCosineLR, as in the reference
 WARMUP_RATIO: between(0.0, 1.0) = 0.1  # share of the steps with warm-up; then cosine
 MIN_LR_RATIO: between(0.0, 1.0) = 0.01  # share of LR that is left in the last step
-MAX_GRAD_NORM: at_least(1e-12) = 1.0  # larger gradients are scaled down to this norm
-MICRO_BSIZE: at_least(1) = 32  # samples per rank and forward pass; out of memory: halve this and double GRAD_ACC
+MAX_GRAD_NORM: at_least(1e-12) = 1.0  # larger gradients are scaled down
+MICRO_BSIZE: at_least(1) = 32  # per rank and forward pass; out of memory: halve this, double GRAD_ACC
 GRAD_ACC: at_least(1) = 1  # forward passes per optimizer step
-EPOCHS: at_least(1) = 1  # in each epoch a sample trains one block that it has not trained yet
-TOTAL_TRAIN_STEPS: at_least(0) = 0  # optimizer steps over the global batch; 0 = as many as EPOCHS gives
-SEED: between(0, 4294967295) = 42  # of the order of samples, masks, adapters and dropout
+EPOCHS: at_least(1) = 1  # in each, a sample trains one block that it has not trained yet
+TOTAL_TRAIN_STEPS: at_least(0) = 0  # optimizer steps; 0 = as many as EPOCHS gives
+SEED: between(0, 4294967295) = 42  # of sample order, masks, adapters, dropout
 
 # ---------------------------------------------------------------- saving and resuming
 SAVE_EVERY: at_least(0) = 0  # optimizer steps between checkpoints; 0 = once, at the end
-SAVE_DTYPE: one_of("bfloat16", "float16", "float32") = "bfloat16"  # of checkpoints; bfloat16 rounds small updates away
-SAMPLE_EVERY: at_least(0) = 0  # steps between answers to a few training prompts, written to samples.jsonl; 0 = never
+SAVE_DTYPE: one_of("bfloat16", "float16", "float32") = "bfloat16"  # bfloat16 rounds small updates away
+SAMPLE_EVERY: at_least(0) = 0  # steps between answers to training prompts in samples.jsonl; 0 = never
 RESUME = False  # True: resume the newest unfinished run of this CKPT_DIR
 RESUME_EVERY: at_least(0) = 0  # optimizer steps between resume points; 0 = only at checkpoints
-MAX_BAD_STEPS: at_least(1) = 3  # the run stops after N steps in a row with a loss or gradient that is NaN or infinite
+MAX_BAD_STEPS: at_least(1) = 3  # the run stops after N non-finite losses or gradients in a row
 
 # ---------------------------------------------------------------- speed and memory
 BF16 = True  # False = fp32, for CPUs
-GRADIENT_CHECKPOINTING = False  # True: far less activation memory, at the price of one more forward pass
-COMPILE = False  # True: torch compiles the decoder layers in the first steps; not measured on a GPU yet
+GRADIENT_CHECKPOINTING = False  # True: far less memory for one more forward pass
+COMPILE = False  # True: torch compiles the layers; not measured on a GPU yet
 
 
 def main():

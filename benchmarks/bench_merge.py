@@ -93,6 +93,12 @@ def main():
     if args.way:
         measure(args.way, Path(args.folder), args)
         return
+    runs, size, gap, largest = run_both(args)
+    report(args, runs, size, gap, largest)
+
+
+def run_both(args: argparse.Namespace) -> tuple[dict[str, list[dict]], int, float, float]:
+    """The measurements of each way, the checkpoint's bytes, and see difference. Ends if the results differ too much."""
     with tempfile.TemporaryDirectory() as name:
         folder, runs = Path(name), {"plain": [], "ours": []}
         common.own_process(__spec__.name, args, way="make", folder=name)
@@ -105,6 +111,11 @@ def main():
         gap, largest = difference(folder)
     if gap > 2**-7 * largest:  # each way rounds once or twice to bf16, with 8 bits
         raise SystemExit(f"the two ways differ by up to {gap}, at weights of up to {largest}")
+    return runs, size, gap, largest
+
+
+def report(args: argparse.Namespace, runs: dict[str, list[dict]], size: int, gap: float, largest: float) -> None:
+    """Prints what was measured, and the JSON line."""
     print(f"checkpoint of {size / 1e6:,.0f} MB, largest tensor {args.vocab_size * args.d_model * 2 / 1e6:,.0f} MB")
     ratios = {}
     for way, results in runs.items():

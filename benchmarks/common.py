@@ -123,7 +123,7 @@ def peak_memory_mb():
 def own_process(module, args, **changes):
     """Runs a benchmark with the flags of `args` and `changes`; returns the JSON line it ends with.
 
-    In a process of its own, as memory that was used once counts for ever.
+    In a process of its own, as memory that was used once counts from then on.
     """
     flags = {key: value for key, value in (vars(args) | changes).items() if value is not None and value is not False}
     words = [f"--{key}" if value is True else f"--{key}={value}" for key, value in flags.items()]

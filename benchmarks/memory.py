@@ -25,9 +25,9 @@ class OneLayer(torch.nn.Module):
         super().__init__()
         self.layer, self.rope = LlamaDecoderLayer(config, 0), LlamaRotaryEmbedding(config)
 
-    def forward(self, hidden):
-        positions = torch.arange(hidden.shape[1])[None]
-        return self.layer(hidden, position_embeddings=self.rope(hidden, positions), attention_mask=None)
+    def forward(self, x):
+        positions = torch.arange(x.shape[1])[None]
+        return self.layer(x, position_embeddings=self.rope(x, positions), attention_mask=None)
 
 
 def saved_bytes_per_token(config, dropout, tokens=16):

@@ -5,7 +5,7 @@ transformers is not imported yet, LLaDA is registered as soon as it is.
 """
 
 import sys
-from importlib import import_module, util
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 
 
@@ -15,12 +15,16 @@ class RegisterAfterImport(MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name != "transformers":
             return None
-        sys.meta_path.remove(self)
-        spec = util.find_spec(name)
+        finders = [finder for finder in sys.meta_path if finder is not self]
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in finders)), None)
+        if spec is None:  # it is not installed
+            return None
         run_module = spec.loader.exec_module
 
         def run_and_register(module):
             run_module(module)
+            if self in sys.meta_path:  # not before, as some only ask whether transformers is installed
+                sys.meta_path.remove(self)
             import_module("blockwise.models.llada")
 
         spec.loader.exec_module = run_and_register

@@ -21,10 +21,8 @@ def main():
     parser.add_argument("--base", help="folder or hub id, if the one that the adapters name has moved")
     args = parser.parse_args()
     import torch  # only now: a mistyped flag is reported without waiting for it
-    from peft import PeftConfig
     from torch.nn.utils.rnn import pad_sequence
 
-    import masking
     from blockwise.data import read_pt, sample_problem
     from blockwise.models import checkpoint, hub, llada
     from blockwise.run.ranks import Ranks
@@ -35,7 +33,7 @@ def main():
             f"--checkpoint {args.checkpoint} has no folder {checkpoint.ADAPTER}/, so nothing to compare with."
         )
     data = read_pt(args.data)[:SAMPLES]
-    base = hub.local_folder(args.base or PeftConfig.from_pretrained(adapter).base_model_name_or_path)
+    base = hub.local_folder(args.base or checkpoint.adapter_config(adapter).base_model_name_or_path)
     model = llada.load_model(base, torch.float32, Ranks.from_environment().device)
     for number, sample in enumerate(data):
         if problem := sample_problem(sample, model.config.max_position_embeddings):
@@ -44,9 +42,9 @@ def main():
         [sample["full_ids"] for sample in data], batch_first=True, padding_value=model.config.pad_token_id
     )
     lengths = torch.tensor([(sample["prompt_len"], len(sample["full_ids"])) for sample in data]).to(model.device)
-    inputs, answer = masking.mask_answers(ids.to(model.device), *lengths.T, model.config.mask_token_id)
+    mask_id = model.config.mask_token_id
     model = checkpoint.load_adapter(model, adapter).eval()
-    print(checkpoint.logit_gap(model, base, Path(args.checkpoint), inputs, answer))
+    print(checkpoint.logit_gap(model, base, Path(args.checkpoint), ids.to(model.device), *lengths.T, mask_id))
 
 
 if __name__ == "__main__":

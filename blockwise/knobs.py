@@ -1,6 +1,6 @@
 """The knobs of a training script: its ALL_CAPS constants, overridden by `--NAME=value`. Imports nothing heavy.
 
-A constant's range stands beside its default, as an annotation, and its meaning behind it, as a comment:
+A constant's range stands next to its default, as an annotation, and its meaning behind it, as a comment:
 
     LORA_DROPOUT: between(0.0, 0.99) = 0.05  # 0.0 saves a third of the activation memory
 """
@@ -77,7 +77,7 @@ def override(script: dict, argv: list[str]) -> SimpleNamespace:
         if arg in ("--help", "-h"):
             print_help(script, described)
         if not arg.startswith("--") or name not in described:
-            raise InputError(f"{arg} is not a knob of this script.{hint(name, described)}")
+            raise InputError(f"{arg} is not a knob of this script.{suggestion(name, described)}")
         if not equals:
             raise InputError(f"{arg} needs a value, as in --{name}={script[name]!r}.")
         values[name] = parse(name, text, script[name], described[name].values)
@@ -87,7 +87,7 @@ def override(script: dict, argv: list[str]) -> SimpleNamespace:
     return SimpleNamespace(**{name: script[name] for name in described})
 
 
-def hint(name: str, described: dict[str, Knob]) -> str:
+def suggestion(name: str, described: dict[str, Knob]) -> str:
     """What a user who gave an unknown name may have meant."""
     if name in RENAMED:
         return f" It is called --{RENAMED[name]} now."
@@ -145,7 +145,7 @@ def describe(file: str | Path) -> dict[str, Knob]:
 
 def range_of(annotation: ast.expr | None) -> Range:
     """The Range that the annotation of a constant stands for."""
-    if annotation is None:
+    if not isinstance(annotation, ast.Call):  # there is none, or it is a plain type
         return ANYTHING
     makers = {"at_least": at_least, "between": between, "one_of": one_of}
     return makers[annotation.func.id](*map(ast.literal_eval, annotation.args))

@@ -11,7 +11,7 @@ Z = 1.959963984540054  # 95 % of a normal distribution lie within Z standard dev
 
 
 def number(text: str) -> Decimal | None:
-    """The number that an answer gives, as GSM8K is scored: the first one behind its last `####`, else the last one."""
+    """The number that an answer gives, as GSM8K counts it: the first one behind its last `####`, else the last one."""
     head, marker, tail = text.rpartition("####")
     found = NUMBER.findall(tail)
     if not found:

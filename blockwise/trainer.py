@@ -1,19 +1,15 @@
 """The training that all objectives share: one optimizer step, the loop around it, checkpoints.
 
-An objective is a `noise` and a `loss`, which a training script passes to `train`. A line belongs here only if changing
-it for one objective and not for another would make their comparison unfair.
-
-Letters in shapes: N samples of the data, G of a global batch, L positions, V vocabulary, n supervised positions.
+An objective is a `noise` and a `loss`, which a script passes to `train`. What could make a comparison of objectives
+unfair is here. Letters in shapes: see masking.py; N samples of the data.
 Every random number of a step comes from (SEED, step), dropout's also from the rank. Each rank makes the noise of the
-whole global batch and trains on its own rows of it: ranks see different masks, but a batch has the same for any number
-of ranks.
+whole global batch and trains on its rows of it, so a batch has the same masks for any number of ranks.
 """
 
 import math
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,28 +32,10 @@ from blockwise.run.logs import Logs
 from blockwise.run.ranks import Ranks, print0
 from blockwise.run.run_folder import RunFolder, Status, new_run, run_to_resume
 
-warnings.filterwarnings("ignore", category=FutureWarning)  # the pinned packages warn about each other
-COMPARED = 4  # samples on which merged and unmerged logits are compared
-
-Noise = Callable[[masking.Batch, torch.Generator, SimpleNamespace], masking.Noised]
-Loss = Callable[[Tensor, masking.Noised], Tensor]
-
-
 # ---------------------------------------------------------------- one optimizer step
 
 
-@dataclass
-class Step:
-    """What an optimizer step over the global batch gives."""
-
-    loss: float  # of the global batch; nan if no token was supervised: there is no loss then
-    grad_norm: float  # before clipping
-    supervised: int  # tokens
-    bad_rows: list[int]  # entries of DATA_PT that a NaN or infinity may come from; then the optimizer step was skipped
-    stop: bool  # some rank was stopped by a signal
-
-
-def train_step(run: "Run", step: int, should_stop: Callable[[], bool] = lambda: False) -> Step:
+def train_step(run: "Run", step: int, should_stop: Callable[[], bool] = lambda: False) -> "Step":
     """One optimizer step over global batch number `step`, from 1. should_stop: whether this rank got a signal."""
     knobs, ranks, engine = run.knobs, run.ranks, run.engine
     samples, noised = global_batch(run, step)
@@ -66,7 +44,7 @@ def train_step(run: "Run", step: int, should_stop: Callable[[], bool] = lambda: 
     for micro in range(knobs.GRAD_ACC):
         start = (micro * ranks.world_size + ranks.rank) * knobs.MICRO_BSIZE
         part = noised.rows(slice(start, start + knobs.MICRO_BSIZE))  # this rank's micro-batch
-        # the language-model head runs only where there is a loss: logits are (n, V)
+        # (n, V): the language-model head runs only where there is a loss
         logits = engine(input_ids=part.input_ids, logits_to_keep=part.supervised, **part.model_args).logits
         loss = run.loss(logits, part)  # this part's share of the global batch's loss
         losses.append(loss.detach().float())
@@ -78,6 +56,17 @@ def train_step(run: "Run", step: int, should_stop: Callable[[], bool] = lambda: 
     bad_rows = [] if engine.was_step_applied() else rows_with_nonfinite_loss(losses, samples, run)
     loss = losses.sum().item() if supervised else math.nan
     return Step(loss, float(engine.get_global_grad_norm()), supervised, bad_rows, stop)
+
+
+@dataclass
+class Step:
+    """What an optimizer step over the global batch gives."""
+
+    loss: float  # of the global batch; nan if no token was supervised: there is no loss then
+    grad_norm: float  # before clipping
+    supervised: int  # tokens
+    bad_rows: list[int]  # entries of DATA_PT that a NaN or infinity may come from; then the optimizer step was skipped
+    stop: bool  # some rank was stopped by a signal
 
 
 def global_batch(run: "Run", step: int) -> tuple[Tensor, masking.Noised]:
@@ -106,6 +95,9 @@ def rows_with_nonfinite_loss(losses: Tensor, sample: Tensor, run: "Run") -> list
 
 
 # ---------------------------------------------------------------- the training
+
+Noise = Callable[[masking.Batch, torch.Generator, SimpleNamespace], masking.Noised]
+Loss = Callable[[Tensor, masking.Noised], Tensor]
 
 
 def train(
@@ -296,6 +288,8 @@ def plan_steps(knobs: SimpleNamespace, ranks: Ranks, samples: Samples, plan: Ten
 
 # ---------------------------------------------------------------- checkpoints
 
+COMPARED = 4  # samples on which merged and unmerged logits are compared
+
 
 def save_checkpoint(run: Run, step: int) -> None:
     """Writes {CKPT_DIR}_stepXXXX, the base with the adapters merged in; it has that name only once it is complete."""
@@ -321,9 +315,9 @@ def save_checkpoint(run: Run, step: int) -> None:
 
 
 def gap_on_first_samples(run: Run, folder: Path) -> str:
-    """checkpoint.logit_gap on the first samples, seen as decoding first sees them: all of the answer masked."""
+    """checkpoint.logit_gap on the first samples."""
     first = [tensor[:COMPARED] for tensor in (run.samples.ids.long(), run.samples.prompt_len, run.samples.length)]
     run.model.eval()
-    sentence = checkpoint.logit_gap(run.model, run.base, folder, *masking.mask_answers(*first, run.knobs.MASK_ID))
+    sentence = checkpoint.logit_gap(run.model, run.base, folder, *first, run.knobs.MASK_ID)
     run.model.train()
     return sentence

@@ -4,9 +4,9 @@ python -m demo.summary demo_run BLOCK_SIZE
 """
 
 import csv
+import json
 import sys
 from pathlib import Path
-from statistics import fmean, median
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,26 +19,32 @@ from blockwise.prompts import prompt_ids, user_message
 from eval import figures, read_answers
 
 BASE = Path("demo/base")
+ROWS = (
+    ("full sequence", "fullseq"),
+    ("block-wise, equal steps", "blockwise"),
+    ("block-wise, equal tokens", "blockwise_equal_tokens"),
+)
 
 
-def trained(run, name):
-    """The columns of a trainer's line: steps, first and last loss, tokens per second; and its checkpoint's folder."""
+def trained(run: Path, name: str) -> tuple[str, Path]:
+    """The columns of a trainer's line: steps, supervised tokens, tokens through the model; its checkpoint's folder."""
     with open(run / f"{name}_logs" / "metrics.csv", newline="") as file:
-        metrics = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    tenth = max(1, len(metrics) // 10)
-    first, last = (fmean(row["loss"] for row in part) for part in (metrics[:tenth], metrics[-tenth:]))
-    speed = median(row["tokens_per_second"] for row in metrics)
+        metrics = list(csv.DictReader(file))
+    supervised = sum(int(row["supervised_tokens"]) for row in metrics)
+    with open(run / f"{name}_logs" / "ablation_config.json") as file:
+        knobs = json.load(file)
+    size = knobs["MICRO_BSIZE"] * knobs["GRAD_ACC"] * knobs["derived"]["ranks"] * knobs["MAX_LEN"]
     (folder,) = run.glob(f"{name}_step*")
-    return f"{len(metrics):>6}{first:>12.3f}{last:>11.3f}{speed:>10,.0f}", folder
+    return f"{len(metrics):>7}{supervised:>19,}{len(metrics) * size / 1e6:>12.2f} M", folder
 
 
-def show_answer(folder, answers, block_size):
-    """Prints how a checkpoint answers the first problem."""
+def show_answer(folder: Path, problem: dict, block_size: int) -> None:
+    """Prints how a checkpoint answers a problem."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    prompt = prompt_ids(tokenizer, [user_message(answers[0]["question"])])
+    prompt = prompt_ids(tokenizer, [user_message(problem["question"])])
     settings = Settings(4 * block_size, block_size, 4 * block_size)
-    print(f"{folder} answers {answers[0]['question']}   (right: {answers[0]['gold']!r})")
+    print(f"{folder} answers {problem['question']}   (right: {problem['gold']!r})")
     ends = decode.end_ids(model, tokenizer)
     steps = (ids[0].tolist() for ids, _ in decode.stream(model, [prompt], settings, ends))
     chat.show_blocks(steps, tokenizer, model.config.mask_token_id, ends, block_size)
@@ -46,20 +52,15 @@ def show_answer(folder, answers, block_size):
 
 def main():
     run, block_size = Path(sys.argv[1]), int(sys.argv[2])
-    print(
-        f"\n{'':<14}{'steps':>6}{'first loss':>12}{'last loss':>11}{'tokens/s':>10}{'Pass@1':>9}{'95 % interval':>17}"
-    )
-    rows = [("base", "", BASE)]
-    rows += [
-        (label, *trained(run, name)) for name, label in (("fullseq", "full sequence"), ("blockwise", "block-wise"))
-    ]
+    print(f"\n{'':<26}{'steps':>6}{'supervised tokens':>19}{'compute':>14}{'Pass@1':>9}{'95 % interval':>17}")
+    rows = [("base", "", BASE)] + [(label, *trained(run, name)) for label, name in ROWS]
     for label, training, folder in rows:
         answers = read_answers(run / "results" / f"{folder.name}-gsm8k")
-        share, (low, high), *_ = figures(list(answers.values()))
-        print(f"{label:<14}{training:<39}{share:>9.1%}{f'{low:.1%} - {high:.1%}':>17}  {folder}")
-    print(f"\nFirst and last loss are means over a tenth of the steps; curves: {run / 'loss.png'}. Pass@1 is on")
-    print(f"{len(answers)} problems that were not trained on, in blocks of {block_size}.\n")
-    show_answer(folder, answers, block_size)
+        right, (low, high), *_ = figures(list(answers.values()))
+        print(f"{label:<25}{training:<40}{right:>9.1%}{f'{low:.1%} - {high:.1%}':>17}  {folder}")
+    print(f"\nCompute: tokens through the model in training, padding included. Loss curves: {run / 'loss.png'}.")
+    print(f"Pass@1 is on {len(answers)} problems that were not trained on, in blocks of {block_size}.\n")
+    show_answer(folder, answers[0], block_size)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def train(setting, seed, rows_file, work):
     folder = next(iter(work.glob(f"{name}_step*")), None)
     if not folder:
         for left in work.glob(f"{name}_*"):  # of an interrupted training
-            files.lock(left)  # unless that goes on by itself
+            files.lock(left)  # unless it is still running
             shutil.rmtree(left)
         knobs |= {"MODEL_NAME": BASE, "DATA_PT": rows_file, "CKPT_DIR": work / name}
         command(work, setting.script, *(f"--{key}={value}" for key, value in knobs.items()))

@@ -14,16 +14,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import settings
 from stories import problem
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the tests need no GPU, and compare fp32 numbers
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test.sh runs as many tests at a time as there are cores
 ROOT = Path(__file__).parent.parent
+settings.register_profile("default", deadline=None, max_examples=50, derandomize=False)
+settings.register_profile("full", settings.get_profile("default"), max_examples=300)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="all faults of tests/faults, not a sample of them")
+    parser.addoption("--full", action="store_true", help="all faults of tests/faults, and more random examples")
+
+
+def pytest_configure(config):
+    settings.load_profile("full" if config.getoption("full") else "default")
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -42,16 +49,16 @@ def problems(number, seed):
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level BPE tokenizer with LLaDA's special tokens (mask id 4) and chat template."""
-    import pt
+    from blockwise.prompts import user_message
     from experiments.make_base import make_tokenizer
 
-    return make_tokenizer((pt.user_turn(row["query"])["content"] + row["response"] for row in problems(200, 0)), 400)
+    return make_tokenizer((user_message(row["query"])["content"] + row["response"] for row in problems(200, 0)), 400)
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory, tokenizer):
     """A checkpoint folder: 2 layers, width 64, several shards, bf16, random weights large enough to matter."""
-    import llada
+    from blockwise.models import llada
     from experiments.make_base import make_config
 
     folder = tmp_path_factory.mktemp("base checkpoint ö")  # spaces and other letters must not matter
@@ -66,6 +73,31 @@ def base(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture(scope="session")
+def adapter(tmp_path_factory, base):
+    """A folder of LoRA adapters on the base, as in a checkpoint's folder adapter/, with which answers are others."""
+    from peft import LoraConfig, get_peft_model
+
+    from blockwise.models import checkpoint, llada
+
+    torch.manual_seed(2)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(llada.load_model(base, torch.float32), config, autocast_adapter_dtype=False)
+    folder = tmp_path_factory.mktemp("run_step0004") / "adapter"
+    checkpoint.save_adapter(model, str(base), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapted(base, adapter):
+    """The base with those adapters, loaded by PEFT itself, in fp32 and evaluation mode."""
+    from peft import PeftModel
+
+    from blockwise.models import llada
+
+    return PeftModel.from_pretrained(llada.load_model(base, torch.float32), adapter).get_base_model().eval()
+
+
+@pytest.fixture(scope="session")
 def dataset_folder(tmp_path_factory):
     """53 problems as jsonl: a number that no batch size divides."""
     folder = tmp_path_factory.mktemp("data")
@@ -75,7 +107,7 @@ def dataset_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pt_file(tmp_path_factory, base, dataset_folder):
-    """Those problems as a .pt file, made by pt.py; the longest row has fewer than 192 tokens."""
+    """Those problems as a .pt file, made by pt.py; the longest sample has fewer than 192 tokens."""
     import pt
 
     file = tmp_path_factory.mktemp("rows") / "train.pt"
@@ -92,7 +124,7 @@ def call(request, monkeypatch, capsys):
 
     Anything but the two ways in which a script may end on purpose goes up to pytest: that would be a traceback.
     """
-    import cli
+    from blockwise import cli
 
     name = request.module.__name__.removeprefix("test_")
     script = importlib.import_module(name)
@@ -102,7 +134,7 @@ def call(request, monkeypatch, capsys):
         capsys.readouterr()
         code = 0
         try:
-            cli.run(script.main)
+            cli.run_script(script.main)
         except SystemExit as end:
             code = end.code
         if isinstance(code, str):  # what Python does with it, once the progress bar is gone
@@ -114,15 +146,18 @@ def call(request, monkeypatch, capsys):
 
 
 def run(script, *args, cwd=ROOT, env=None):
-    """Runs a script of the repository with this Python. Returns the finished process, with its output as text."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True, timeout=300)
+    """Runs a file of the repository with this Python, or a module. Returns the process, with its output as text."""
+    module = not script.endswith(".py")
+    command = [sys.executable, *(["-m", script] if module else [str(ROOT / script)]), *map(str, args)]
+    env = os.environ | ({"PYTHONPATH": str(ROOT)} if module else {}) | (env or {})
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 @contextmanager
-def locked(folder, first=0, parts=0):
-    """Another process holds these parts of a folder; see files.lock."""
-    code = f"import sys, files; files.lock(files.Path(sys.argv[1]), {first}, {parts}); print(1, flush=True); input()"
+def locked(folder, shared=False):
+    """Another process holds the lock of a folder; see files.lock."""
+    code = "import sys; from pathlib import Path; from blockwise.run import files; "
+    code += f"files.lock(Path(sys.argv[1]), {shared}); print(1, flush=True); input()"
     command = [sys.executable, "-c", code, folder]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         if not process.stdout.readline():
@@ -141,8 +176,12 @@ def launcher_command(ranks, script, *args):
     with socket.socket() as probe:  # a free port, so that other runs on the machine do not matter
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", ranks, "--master_port", port, ROOT / script]
+    module = not script.endswith(".py")
+    what = ["--module", script] if module else [ROOT / script]
+    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", ranks, "--master_port", port, *what]
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env |= {"PYTHONPATH": str(ROOT)} if module else {}
+    env |= {"TORCHDYNAMO_DISABLE": "1"}  # else DeepSpeed imports all of torch's compiler, which takes 3 seconds
     return [str(part) for part in (*command, *args)], env
 
 
@@ -154,20 +193,20 @@ def launch(ranks, script, *args, cwd):
 
 @pytest.fixture(scope="session")
 def fork():
-    """fork(cwd, ranks, script, *argv, faults=...) runs a script on several ranks; see faults/server.py.
+    """fork(cwd, ranks, script, *argv, runs=..., faults=...) runs a script on several ranks; see faults/server.py.
 
     Returns the exit codes of its ranks, the seconds it took, and what it said, which is in {cwd}.output, too.
     """
-    command = [sys.executable, ROOT / "tests/faults/server.py"]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command, env = [sys.executable, ROOT / "tests/faults/server.py"], os.environ | {"PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
-    def start(cwd, ranks, script, *argv, faults=None):
+    def start(cwd, ranks, script, *argv, runs=1, faults=None):
         output = cwd.with_name(f"{cwd.name}.output")
         output.unlink(missing_ok=True)
         faults = {"folder": str(cwd / "out"), **faults} if faults else {}
-        request = {"script": script, "argv": [*map(str, argv)], "ranks": ranks, "cwd": str(cwd), "faults": faults}
+        request = {"script": script, "argv": [*map(str, argv)], "ranks": ranks, "runs": runs, "cwd": str(cwd)}
         cwd.mkdir(exist_ok=True)
-        server.stdin.write(json.dumps(request | {"output": str(output)}) + "\n")
+        server.stdin.write(json.dumps(request | {"output": str(output), "faults": faults}) + "\n")
         server.stdin.flush()
         answer = json.loads(server.stdout.readline())
         return SimpleNamespace(**answer, output=output.read_text())
@@ -179,11 +218,11 @@ def fork():
 
 @pytest.fixture(scope="session")
 def forked(fork, base, pt_file):
-    """forked(cwd, ranks=1, script=..., faults=..., **knobs) runs a training; see fork."""
+    """forked(cwd, ranks=1, script=..., runs=1, faults=..., **knobs) runs a training; see fork."""
 
-    def train(cwd, ranks=1, script="train_blockwise.py", faults=None, **changes):
-        knobs = TRAINING | {"MODEL": base, "PT_FILE": pt_file} | changes
-        return fork(cwd, ranks, script, *arguments(script, knobs), faults=faults)
+    def train(cwd, ranks=1, script="train_blockwise.py", runs=1, faults=None, **changes):
+        knobs = TRAINING | {"MODEL_NAME": base, "DATA_PT": pt_file} | changes
+        return fork(cwd, ranks, script, *arguments(script, knobs), runs=runs, faults=faults)
 
     return train
 
@@ -209,7 +248,7 @@ def uninterrupted(forked, tmp_path_factory):
 
 # 4 steps, a checkpoint after 3 and 4, a resume point after each; dropout, to see whether its random numbers come back
 TRAINING = {
-    "MASK_ID": 4, "MAX_LEN": 192, "LORA_R": 4, "LORA_ALPHA": 8, "LORA_DROPOUT": 0.1, "LR": 1e-2, "BF16": False,
+    "MASK_ID": 4, "MAX_LEN": 192, "LORA_RANK": 4, "LORA_DROPOUT": 0.1, "LR": 1e-2, "BF16": False,
     "MICRO_BSIZE": 2, "GRAD_ACC": 2, "BLOCK_SIZE": 16, "CKPT_DIR": "out/run ö", "TOTAL_TRAIN_STEPS": 4,
     "SAVE_EVERY": 3, "RESUME_EVERY": 1,
 }  # fmt: skip

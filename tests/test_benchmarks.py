@@ -11,10 +11,12 @@ from conftest import problems
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import sft
-from benchmarks import bench_data, bench_decode, bench_growth, bench_merge, bench_train, common, memory, scale
-from place import Place
-from rows import Rows
+import masking
+from benchmarks import bench_data, bench_decode, bench_growth, bench_merge, bench_train, common, scale
+from blockwise import trainer as trainers
+from blockwise.data import Samples
+from blockwise.models import llada
+from blockwise.run.ranks import Ranks
 
 CPU = torch.device("cpu")
 TINY = {"vocab_size": 300, "d_model": 64, "n_layers": 2, "llada_8b": False}
@@ -84,26 +86,30 @@ def test_the_step_that_is_measured_is_that_of_the_trainers(monkeypatch):
     wanted_loss, wanted = loss_and_gradients(made, bench_train.Step())
     made.optimizer.zero_grad()
     ids, prompt_len, length = made.on_device
-    turn, _ = made.draws(prompt_len, length)
+    block, _ = made.draws(prompt_len, length)
 
-    def hide(prompt_len, length, turn, generator):
-        hidden, scored = made.masks("tensor", prompt_len, length)
-        return hidden, bench_train.masking.sample_mean_weights(scored)
+    def noise(batch, generator, knobs):
+        masked, supervised = made.masks("tensor", batch.prompt_len, batch.length)
+        inputs, weights = batch.input_ids.masked_fill(masked, knobs.MASK_ID), masking.sample_mean_weights(supervised)
+        return masking.Noised(inputs, supervised, batch.input_ids, weights)
 
     run = argparse.Namespace(
-        engine=Engine(made.model), place=Place(0, 1, 0, 1, CPU), hide=hide,
+        engine=Engine(made.model), ranks=Ranks(0, 1, 0, 1, CPU), noise=noise, loss=masking.weighted_nll,
         knobs=argparse.Namespace(MICRO_BSIZE=3, GRAD_ACC=1, SEED=0, MASK_ID=bench_train.MASK),
-        rows=Rows(ids, prompt_len, length, torch.arange(len(ids)), 0), plan=torch.stack([torch.arange(3), turn[:3]], 1),
+        samples=Samples(ids, prompt_len, length, torch.arange(len(ids)), 0),
+        plan=torch.stack([torch.arange(3), block[:3]], 1),
     )  # fmt: skip
-    monkeypatch.setattr(sft, "share", lambda losses, stop: (torch.stack(losses)[None], stop))  # there is no other rank
-    assert sft.train_step(run, 1).loss == wanted_loss.item()
+    with monkeypatch.context() as patch:  # there is no other rank
+        patch.setattr(trainers, "gather_losses", lambda losses, stop: (torch.stack(losses)[None], stop))
+        step = trainers.train_step(run, 1)
+    assert step.loss == wanted_loss.item()
     for name, weight in made.model.named_parameters():
         assert not weight.requires_grad or torch.equal(weight.grad, wanted[name])
 
 
 def test_operations_of_llada_8b_are_the_known_ones():
     """32.6 GFLOP a token with the head at 32 of 256 positions, 34.4 with all of them, counted by others."""
-    config = memory.llada.LLaDAConfig.from_dict(common.LLADA_8B)
+    config = llada.LLaDAConfig.from_dict(common.LLADA_8B)
     for heads, wanted in ((32, 32.6), (256, 34.4)):
         assert common.step_flops(config, 256, 256, 256, heads) / 256 / 1e9 == pytest.approx(wanted, rel=0.005)
     assert common.parameters(config, 256) == (8_015_581_184, 671_088_640)
@@ -113,11 +119,11 @@ def test_operations_are_those_of_the_matrix_products():
     """Against torch's own counter, which knows attention as matrix products only, on a tiny model."""
     made = trainer(0)
     made.set(bench_train.Step())
-    scored = made.masks("tensor", *made.batch("tensor")[1:])[1].sum()
+    supervised = made.masks("tensor", *made.batch("tensor")[1:])[1].sum()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         made.loss(bench_train.Step()).backward()
     tokens, d, rank = 3 * 128, 64, 4
-    mine = common.step_flops(made.config, rank, tokens, 128, int(scored))
+    mine = common.step_flops(made.config, rank, tokens, 128, int(supervised))
     mine -= 2 * tokens * 3 * (d * d + d * rank)  # a frozen embedding: the first q, k, v pass none on
     assert mine == pytest.approx(counter.get_total_flops(), rel=0.002)
 

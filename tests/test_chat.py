@@ -16,10 +16,10 @@ import torch
 from conftest import ROOT, run
 
 import chat
-import decode
-import llada
-import pt
-from settings import Settings
+from blockwise.decoding import decode
+from blockwise.decoding.settings import Settings
+from blockwise.models import llada
+from blockwise.prompts import prompt_ids
 
 MASK, ENDS = 4, [1, 7]
 LONG = ("--gen_length", "512", "--block_length", "32", "--steps", "512")
@@ -74,7 +74,7 @@ def test_an_answer_higher_than_the_terminal_is_drawn_in_it_and_printed_whole_at_
     terminal.type("Ada has 3 pens.\n")
     seen = terminal.wait_for("\n> ")
     model = llada.load_model(base, torch.float32).eval()
-    prompt = pt.prompt_ids(tokenizer, [{"role": "user", "content": "Ada has 3 pens."}])
+    prompt = prompt_ids(tokenizer, [{"role": "user", "content": "Ada has 3 pens."}])
     ids, _ = decode.decode(model, [prompt], Settings(48, 48, 24))
     answer = decode.completion(tokenizer, ids[0].tolist(), ENDS)
     assert len(answer) > 5 * 20
@@ -94,13 +94,25 @@ def test_lines_of_a_pipe_are_turns_and_answers_come_block_by_block(base, tokeniz
     model, messages, wanted = llada.load_model(base, torch.float32).eval(), [], []
     for text in ("Ada has 3 pens.", "And now?"):
         messages.append({"role": "user", "content": text})
-        ids, _ = decode.decode(model, [pt.prompt_ids(tokenizer, messages)], Settings(24, 8, 24))
+        ids, _ = decode.decode(model, [prompt_ids(tokenizer, messages)], Settings(24, 8, 24))
         messages.append({"role": "assistant", "content": decode.completion(tokenizer, ids[0].tolist(), ENDS)})
         for block in range(3):
             if not any(token in ENDS for token in ids[0, : block * 8].tolist()):
                 part = tokenizer.decode(ids[0, block * 8 : block * 8 + 8], skip_special_tokens=True)
                 wanted.append(f"block {block + 1}  " + part.replace("\n", "⏎"))
     assert done.stdout == "".join(line + "\n" for line in wanted)
+
+
+def test_with_an_adapter_answers_are_those_of_base_and_adapters(base, adapter, adapted, tokenizer):
+    flags = ("--adapter", str(adapter), "--gen_length", "16", "--block_length", "16", "--steps", "16")
+    command = [sys.executable, str(ROOT / "chat.py"), "--model", str(base), *flags]
+    done = subprocess.run(command, input="Ada has 3 pens.\n", capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    prompt, said = prompt_ids(tokenizer, [{"role": "user", "content": "Ada has 3 pens."}]), []
+    for model in (adapted, llada.load_model(base, torch.float32).eval()):
+        ids, _ = decode.decode(model, [prompt], Settings(16, 16, 16))
+        said.append("block 1  " + tokenizer.decode(ids[0], skip_special_tokens=True).replace("\n", "⏎") + "\n")
+    assert done.stdout == said[0] != said[1]
 
 
 def test_a_turn_that_is_not_utf8_is_answered(base):
@@ -129,8 +141,8 @@ def test_a_long_conversation_loses_its_oldest_turns_only(base, tokenizer, capsys
     conversation = [*turn * 3, {"role": "user", "content": "And now?"}]
     messages, ids = chat.fit(conversation, model, tokenizer, Settings(512, 32, 512))
     assert messages == conversation[-len(messages) :] and 1 < len(messages) < 7 and len(messages) % 2
-    assert ids == pt.prompt_ids(tokenizer, messages) and len(ids) + 512 <= 1024
-    longer = pt.prompt_ids(tokenizer, conversation[-len(messages) - 2 :])
+    assert ids == prompt_ids(tokenizer, messages) and len(ids) + 512 <= 1024
+    longer = prompt_ids(tokenizer, conversation[-len(messages) - 2 :])
     assert len(longer) + 512 > 1024 and "too long" in capsys.readouterr().out
 
 
@@ -138,6 +150,7 @@ def test_bad_input_is_one_sentence(base, tmp_path):
     for flags, said in (
         (("--model", base, "--steps", 100), "steps 100 is not a multiple"),
         (("--model", tmp_path), "no tokenizer can be loaded"),
+        (("--model", base, "--adapter", tmp_path), "adapter_config.json is missing"),
     ):
         done = run("chat.py", *flags)
         assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr

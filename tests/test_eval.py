@@ -1,4 +1,4 @@
-"""evaluate.py: real runs on the tiny checkpoint, interrupted ones too, on 1 and 2 ranks."""
+"""eval.py: real runs on the tiny checkpoint, interrupted ones too, on 1 and 2 ranks."""
 
 import errno
 import json
@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import ROOT, launch, locked, problems, run
 
-import decode
-import llada
-import pt
-from settings import Settings
+from blockwise import prompts
+from blockwise.decoding import decode
+from blockwise.decoding.settings import Settings
+from blockwise.models import llada
 
 SHORT = ("--gen_length", 16, "--block_length", 8, "--steps", 8, "--batch_size", 4)
 
@@ -39,7 +39,7 @@ def answers(folder):
 def whole(base, data, tmp_path_factory):
     """The results of a run that nothing interrupts, as a folder, and what it printed."""
     output = tmp_path_factory.mktemp("whole")
-    done = run("evaluate.py", "--model", base, "--data", data, "--output", output, *SHORT)
+    done = run("eval.py", "--model", base, "--data", data, "--output", output, *SHORT)
     assert done.returncode == 0, done.stderr
     return output / f"{base.name}-gsm8k", done.stdout
 
@@ -49,7 +49,7 @@ def test_each_line_is_what_decoding_gives(whole, base, tokenizer):
     assert [row["problem"] for row in rows] == list(range(22))
     for row, problem in zip(rows, problems(22, 5)):
         assert (row["question"], row["gold"]) == (problem["query"], problem["response"])
-        turn = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n" + pt.INSTRUCTION
+        turn = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n" + prompts.INSTRUCTION
         turn = turn.format(query=problem["query"]) + "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
         ids, rows_run = decode.decode(model, [tokenizer(turn)["input_ids"]], Settings(16, 8, 8))
         ids = ids[0].tolist()
@@ -78,16 +78,45 @@ def test_the_report_counts(whole, tmp_path, base, data, call):
     assert "+13.6 points" in out and "tuned model solves 5, only the base 2" in " ".join(lines) and "p = 0.45" in out
 
 
+def test_with_an_adapter_answers_are_those_of_base_and_adapters(
+    whole, base, adapter, adapted, data, tokenizer, tmp_path, call
+):
+    """They have a folder of results of their own, which other adapters of that name do not continue."""
+    flags = ("--model", base, "--adapter", adapter, "--data", data, "--output", tmp_path / "out", *SHORT)
+    code, out, err = call(*flags)
+    assert code == 0 and "Pass@1" in out, err
+    (folder,) = (tmp_path / "out").iterdir()
+    assert folder.name == f"{base.name}+{adapter.parent.name}-adapter-gsm8k"
+    rows = answers(folder)
+    for row, untuned, problem in zip(rows, answers(whole[0]), problems(22, 5), strict=True):
+        prompt = prompts.prompt_ids(tokenizer, [prompts.user_message(problem["query"])])
+        ids, _ = decode.decode(adapted, [prompt], Settings(16, 8, 8))
+        assert row["completion"] == decode.completion(tokenizer, ids[0].tolist(), [1, 7]) != untuned["completion"]
+    os.utime(adapter / "adapter_config.json", ns=(0, 0))
+    code, _, err = call(*flags)
+    assert code == 1 and "holds the results of another run: weights was" in err
+
+
+def test_adapters_that_cannot_be_used_are_refused(base, adapter, data, tmp_path, call):
+    flags = ("--data", data, "--output", tmp_path / "out", *SHORT)
+    code, _, err = call("--compare", base, base, "--adapter", adapter, *flags)
+    assert code == 2 and "--adapter belongs to --model; compare a merged checkpoint, or evaluate the two" in err
+    code, _, err = call("--model", base, "--adapter", tmp_path / "missing", *flags)
+    assert code == 1 and f"--adapter {tmp_path / 'missing'}: adapter_config.json is missing" in err
+    assert not (tmp_path / "out").exists()
+
+
 KILLED = """
 import os, signal
-import cli, evaluate
-append = evaluate.append
+import eval
+from blockwise import cli
+append = eval.append
 def append_and_die(path, rows):
     append(path, rows)
     if len(path.read_text().splitlines()) >= 8:
         os.kill(os.getpid(), signal.SIGKILL)
-evaluate.append = append_and_die
-cli.run(evaluate.main)
+eval.append = append_and_die
+cli.run_script(eval.main)
 """
 
 
@@ -121,7 +150,7 @@ def test_half_a_batch_is_answered_again(whole, base, data, tmp_path, call):
 
 
 def test_two_ranks_share_the_problems_and_give_the_same(whole, base, data, tmp_path):
-    done = launch(2, "evaluate.py", "--model", base, "--data", data, "--output", tmp_path, *SHORT, cwd=tmp_path)
+    done = launch(2, "eval.py", "--model", base, "--data", data, "--output", tmp_path, *SHORT, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert answers(tmp_path / f"{base.name}-gsm8k") == answers(whole[0])
     assert done.stdout.count("Pass@1") == 1
@@ -153,13 +182,13 @@ def test_another_run_is_not_mixed_in(whole, base, data, tmp_path, call):
     "lines, said",
     [
         ("", "has no rows"),
-        ('{"question": "a", "answer": "1"}\n{"question": ', "line 2 is no JSON"),
-        ("[1]\n", "line 1 is no JSON object"),
+        ('{"question": "a", "answer": "1"}\n{"question": ', "line 2 is not JSON"),
+        ("[1]\n", "line 1 is not a JSON object"),
         ('{"question": "a"}\n', "line 1 needs a text as question or problem or query"),
         ('{"question": " ", "answer": "1"}\n', "line 1 needs a text"),
         ('{"question": "a", "answer": 1}\n', "line 1 needs a text"),
         ('{"question": "a", "answer": "one"}\n', "line 1: nothing can be read in its answer"),
-        ('{"question": "\\udfff", "answer": "1"}\n', "line 1 is no JSON in UTF-8"),
+        ('{"question": "\\udfff", "answer": "1"}\n', "line 1 is not JSON in UTF-8"),
         ('{"question": "%s", "answer": "1"}\n' % ("a b " * 2000), "more than the model's 1024 positions"),
     ],
 )
@@ -229,7 +258,7 @@ def test_a_damaged_line_is_named(base, data, tmp_path, call, line):
 def test_what_only_the_first_rank_meets_ends_all_with_one_sentence(fork, base, data, tmp_path):
     (tmp_path / "out").write_text("a file where the folder should be")
     flags = ("--model", base, "--data", data, "--output", tmp_path / "out", *SHORT)
-    done = fork(tmp_path / "run", 2, "evaluate.py", *flags)
+    done = fork(tmp_path / "run", 2, "eval.py", *flags)
     assert done.codes == [1, 1] and "cannot be written" in done.output and "Traceback" not in done.output
 
 
@@ -243,9 +272,9 @@ def test_a_full_disk_ends_with_a_sentence_and_keeps_what_is_there(base, data, tm
         fsync(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr("files.os.fsync", full)
+        patch.setattr("blockwise.run.files.os.fsync", full)
         code, _, err = call(*flags)
-    assert code == 1 and "cannot be written: No space left on device. What is there is kept." in err
+    assert code == 1 and "cannot be written: No space left on device. What exists is kept." in err
     assert (tmp_path / f"{base.name}-gsm8k/answers.rank0.jsonl").read_text().count("\n") >= 8
     assert call(*flags)[0] == 0 and len(answers(tmp_path / f"{base.name}-gsm8k")) == 22
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import ROOT, launch, run
 
-import decode
-import files
+from blockwise.decoding import decode
+from blockwise.run import files
 from experiments import make_data, report
 from experiments import run as runner
 
@@ -45,20 +45,21 @@ def test_every_claim_has_settings_that_differ():
 
 def test_a_smoke_run_its_continuation_and_its_report(tmp_path):
     results, output = tmp_path / "results.csv", tmp_path / "report"
-    command = ("experiments/run.py", "C1", "K1", "--seeds", 1, "--smoke", "--results", results)
+    command = ("experiments.run", "C1", "K1", "--seeds", 1, "--smoke", "--results", results)
     command = (*command, "--work", tmp_path / "work")
     done = run(*command)
     assert done.returncode == 0, done.stderr
     lines = results.read_text().splitlines()
     (folder,) = {file.parent for file in (tmp_path / "work").glob("train_*.pt")}
-    assert {len(row["full_ids"]) - row["prompt_len"] for row in torch.load(folder / "train_128.pt")} == {16}
+    samples = torch.load(folder / "train_128.pt")
+    assert {len(sample["full_ids"]) - sample["prompt_len"] for sample in samples} == {16}
     rows = {(row["claim"], row["setting"]): row for row in csv.DictReader(lines)}
     assert lines[0] == COLUMNS and list(rows) == [
         ("C1", "base"), ("C1", "full sequence"), ("C1", "block-wise"),
         ("K1", "block-wise"), ("K1", "rest of the answer"),
     ]  # fmt: skip
     assert lines[3][3:] == lines[4][3:], "K1 shares the training of C1"
-    # 4 steps of 32 rows with 16 tokens in blocks of 4; half of what could be scored is hidden, on average
+    # 4 steps of 32 samples with 16 tokens in blocks of 4; half of what could be supervised is masked, on average
     expected = {"full sequence": 16 / 2, "block-wise": 4 / 2, "rest of the answer": (16 + 12 + 8 + 4) / 4 / 2}
     assert lines[1].startswith("C1,base,0,0,0,0.0,")
     for (_, setting), row in list(rows.items())[1:]:
@@ -71,7 +72,7 @@ def test_a_smoke_run_its_continuation_and_its_report(tmp_path):
     assert done.returncode == 0 and results.read_text().splitlines() == lines
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.safetensors")} == trained
 
-    assert run("experiments/report.py", "--results", results, "--output", output).returncode == 0
+    assert run("experiments.report", "--results", results, "--output", output).returncode == 0
     text = (output / "report.md").read_text()
     assert f"| full sequence | 1 | 4 | {int(rows['C1', 'full sequence']['supervised_tokens']):,} |" in text
     assert all((output / name).stat().st_size > 10_000 for name in ("figures/C1.png", "figures/K1.png"))
@@ -81,13 +82,13 @@ def test_bad_input_is_one_sentence(tmp_path):
     (tmp_path / "torn.csv").write_text(COLUMNS + "\nC1,base,0,4\n")
     (tmp_path / "old.csv").write_text(COLUMNS + "\nC1,something else,0,4,100,1.0,0.5,0.9,20\n")
     for command, said in (
-        (("experiments/run.py", "C1", "C9"), "C9: no such claim"),
-        (("experiments/run.py", "C1", "--smoke"), "--smoke is too small for results.csv"),
-        (("experiments/run.py", "C1", "--work", tmp_path / "old.csv"), "old.csv"),
-        (("experiments/report.py", "--results", tmp_path / "torn.csv"), "torn.csv, line 2 is not whole"),
-        (("experiments/report.py", "--results", tmp_path / "missing.csv"), "missing.csv cannot be read"),
+        (("experiments.run", "C1", "C9"), "C9: no such claim"),
+        (("experiments.run", "C1", "--smoke"), "--smoke is too small for results.csv"),
+        (("experiments.run", "C1", "--work", tmp_path / "old.csv"), "old.csv"),
+        (("experiments.report", "--results", tmp_path / "torn.csv"), "torn.csv, line 2 is not whole"),
+        (("experiments.report", "--results", tmp_path / "missing.csv"), "missing.csv cannot be read"),
         (
-            ("experiments/report.py", "--results", tmp_path / "old.csv"),
+            ("experiments.report", "--results", tmp_path / "old.csv"),
             "old.csv, line 2: experiments/run.py has no",
         ),
     ):
@@ -97,12 +98,12 @@ def test_bad_input_is_one_sentence(tmp_path):
 
 def test_a_work_folder_has_one_run_at_a_time(tmp_path):
     files.lock(tmp_path)
-    done = run("experiments/run.py", "C1", "--work", tmp_path, "--results", tmp_path / "results.csv")
+    done = run("experiments.run", "C1", "--work", tmp_path, "--results", tmp_path / "results.csv")
     assert done.returncode == 1 and "another run, or a process that it has left, works in" in done.stderr
 
 
 def test_knobs_without_a_meaning_are_refused(tmp_path):
-    done = launch(1, "experiments/train_causal.py", "--PREFIX_MASK_RATE=0.5", cwd=tmp_path)
+    done = launch(1, "experiments.train_causal", "--PREFIX_MASK_RATE=0.5", cwd=tmp_path)
     assert done.returncode != 0 and "is not a knob of this script" in done.stdout + done.stderr
 
 
@@ -137,5 +138,5 @@ def test_intervals_are_students():
 
 
 def test_the_committed_report_is_that_of_the_committed_results(tmp_path):
-    assert run("experiments/report.py", "--output", tmp_path).returncode == 0
+    assert run("experiments.report", "--output", tmp_path).returncode == 0
     assert (tmp_path / "report.md").read_text() == (ROOT / "experiments/report.md").read_text()

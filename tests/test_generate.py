@@ -1,14 +1,15 @@
 """generate.py: real runs on the tiny checkpoint, and what becomes of bad input."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import run
 
-import decode
-import llada
-from settings import Settings
+from blockwise.decoding import decode
+from blockwise.decoding.settings import Settings
+from blockwise.models import llada
 
 SHORT = ("--gen_length", 16, "--block_length", 8, "--steps", 16)
 
@@ -30,6 +31,32 @@ def test_answers_are_those_of_decode_in_the_order_of_the_prompts(base, tokenizer
         assert row["completion"] == tokenizer.decode(row["token_ids"], skip_special_tokens=True)
 
 
+def test_with_an_adapter_answers_are_those_of_base_and_adapters(base, adapter, adapted, tokenizer, tmp_path, call):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "Ada has 3 pens."}\n{"prompt": "Gus ö"}\n')
+    files = ("--prompts", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--raw")
+    code, _, err = call("--model", base, "--adapter", adapter, *files, *SHORT)
+    assert code == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    plain, prompts = llada.load_model(base, torch.float32).eval(), ["Ada has 3 pens.", "Gus ö"]
+    for row, prompt in zip(rows, prompts, strict=True):
+        ids = [tokenizer(prompt)["input_ids"]]
+        wanted, untuned = (decode.decode(model, ids, Settings(16, 8, 16))[0][0].tolist() for model in (adapted, plain))
+        assert row["token_ids"] == wanted != untuned
+
+
+def test_adapters_that_cannot_be_used_are_refused(base, adapter, tmp_path, call):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    shutil.copytree(adapter, tmp_path / "adapter")
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | {"r": 8}))
+    for folder, said in (
+        (tmp_path / "missing", "adapter_config.json is missing; give the folder adapter/ of a checkpoint"),
+        (base, "adapter_config.json is missing"),
+        (tmp_path / "adapter", "its tensors do not fit the layers of this model; give the base it names"),
+    ):
+        code, out, err = call("--model", base, "--adapter", folder, "--prompt", "a", *SHORT)
+        assert code == 1 and not out and f"error: --adapter {folder}: {said}" in err
+
+
 def test_one_prompt_is_answered_on_the_screen(base):
     done = run("generate.py", "--model", base, "--prompt", "Ada has 3 pens.", *SHORT)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
@@ -48,12 +75,12 @@ def test_completion_ends_where_the_answer_does(base, tokenizer):
     "lines, said",
     [
         ("", "has no rows"),
-        ('{"prompt": "a"}\n{"prompt": "b"\n', "line 2 is no JSON"),
+        ('{"prompt": "a"}\n{"prompt": "b"\n', "line 2 is not JSON"),
         ('{"text": "a"}\n', "line 1 is not a row"),
         ('{"prompt": ""}\n', "line 1 is not a row"),
         ('{"prompt": 3}\n', "line 1 is not a row"),
-        ("[]\n", "line 1 is no JSON object"),
-        ('{"prompt": "\\ud800"}\n', "line 1 is no JSON in UTF-8"),
+        ("[]\n", "line 1 is not a JSON object"),
+        ('{"prompt": "\\ud800"}\n', "line 1 is not JSON in UTF-8"),
     ],
 )
 def test_a_bad_prompts_file_is_refused(base, tmp_path, call, lines, said):
@@ -83,4 +110,4 @@ def test_other_bad_input_is_refused(base, tmp_path, call):
     (tmp_path / "out.jsonl").write_text("precious\n")
     files = ("--prompts", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
     code, _, err = call(*model, *files, *SHORT)
-    assert code == 1 and "exists already" in err and (tmp_path / "out.jsonl").read_text() == "precious\n"
+    assert code == 1 and "already exists" in err and (tmp_path / "out.jsonl").read_text() == "precious\n"

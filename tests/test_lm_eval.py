@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import ROOT, problems
 
-import decode
-import pt
-from cli import InputError
-from settings import Settings
+from blockwise.cli import InputError
+from blockwise.decoding import decode
+from blockwise.decoding.settings import Settings
+from blockwise.prompts import prompt_ids
 
-sys.path.append(str(ROOT / "adapters"))
-lm_eval_llada = pytest.importorskip("lm_eval_llada", reason="needs requirements-lm-eval.txt, which test.sh installs")
+pytest.importorskip("lm_eval", reason="needs requirements-lm-eval.txt, which test.sh installs")
+from adapters import lm_eval_llada  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,13 @@ def test_answers_are_decoded_and_cut_at_the_stop_texts(lm, tokenizer):
     assert stop and cut == [plain[2].split(stop)[0]]
 
 
+def test_with_an_adapter_the_model_is_base_and_adapters(base, adapter, adapted):
+    with_adapter = lm_eval_llada.LLaDA(str(base), adapter=str(adapter), gen_length=16, block_length=8, steps=16)
+    ids = torch.arange(8, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(with_adapter.model(ids).logits, adapted(ids).logits)
+
+
 def test_unknown_arguments_are_refused(base):
     with pytest.raises(InputError, match="model_args colour"):
         lm_eval_llada.LLaDA(str(base), colour=3)
@@ -103,7 +110,7 @@ def test_local_tasks_through_the_command_line(base, tokenizer, tmp_path):
             f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}\n"
             f'test_split: test\ndoc_to_text: "{{{{query}}}}"\n{lines}'
         )
-    command = ["adapters/lm_eval_llada.py", "run", "--model", "llada", "--tasks", "story_generate,story_choice"]
+    command = ["-m", "adapters.lm_eval_llada", "run", "--model", "llada", "--tasks", "story_generate,story_choice"]
     model_args = f"pretrained={base},gen_length=16,block_length=8,steps=8,mc_samples=8"
     command += ["--model_args", model_args, "--include_path", tmp_path, "--apply_chat_template", "--batch_size", "4"]
     command += ["--output_path", tmp_path / "out", "--log_samples"]
@@ -116,7 +123,7 @@ def test_local_tasks_through_the_command_line(base, tokenizer, tmp_path):
     samples = [json.loads(line) for line in file.read_text().splitlines()]
     model, tokenizer = decode.load(base, "float32", torch.device("cpu"))
     for sample, row in zip(sorted(samples, key=lambda sample: sample["doc_id"]), rows, strict=True):
-        prompt = pt.prompt_ids(tokenizer, [{"role": "user", "content": row["query"]}])
+        prompt = prompt_ids(tokenizer, [{"role": "user", "content": row["query"]}])
         ids, _ = decode.decode(model, [prompt], Settings(16, 8, 8))
         answer = decode.completion(tokenizer, ids[0].tolist(), [1, 7]).split("\n\n")[0]
         assert sample["resps"] == [[answer]]

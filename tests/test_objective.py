@@ -1,7 +1,7 @@
 """Theorem 3.3, checked numerically: with bound_weights one block and one mask ratio stand for all of them.
 
-The bound of a row is written out in full, over every block and every set of masked tokens; the average over many draws
-of what the trainers do must have its gradient. The masked mean has another one, which is written out as well.
+The bound of a sample is written out in full, over every block and every set of masked tokens; the average over many
+draws of what the trainers do must have its gradient. The masked mean has another one, which is written out as well.
 """
 
 import itertools
@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import llada
 import masking
+from blockwise.models import llada
 
-IDS = torch.tensor([5, 9, 17, 8, 20, 11, 6, 23, 14])  # one row: 3 tokens of prompt, answer blocks of 4 and 2
+IDS = torch.tensor([5, 9, 17, 8, 20, 11, 6, 23, 14])  # one sample: 3 tokens of prompt, answer blocks of 4 and 2
 MASK, LENGTH, PROMPT, ANSWER, BLOCK = 4, 9, 3, 6, 4
 DRAWS, BATCH = 8000, 200
 
@@ -58,20 +58,20 @@ def exact_gradient(model, ids, weight, block_size):
 
 
 def drawn_gradients(model, weights, block_size):
-    """Gradients of the trainers' loss, (DRAWS / BATCH, parameters), each over a batch of draws for the one row."""
+    """Gradients of the trainers' loss, (DRAWS / BATCH, parameters), each over a batch of draws for the one sample."""
     generator, found = torch.Generator().manual_seed(1), []
-    rows = torch.ones(BATCH, dtype=torch.long)
+    ones = torch.ones(BATCH, dtype=torch.long)
     blocks = int(masking.num_blocks(LENGTH - PROMPT, block_size))
     for _ in range(DRAWS // BATCH):
         block = torch.randint(blocks, (BATCH,), generator=generator)
-        hidden, scored, p = masking.blockwise_masks(
-            rows * PROMPT, rows * LENGTH, block, LENGTH, block_size=block_size, mask_prob_eps=1e-3,
+        masked, supervised, p = masking.blockwise_masks(
+            ones * PROMPT, ones * LENGTH, block, LENGTH, block_size=block_size, mask_prob_eps=1e-3,
             prefix_mask_rate=0.0, suffix_mask_prob=1.0, generator=generator,
         )  # fmt: skip
         batch = IDS.expand(BATCH, -1)
-        logits = model(input_ids=batch.masked_fill(hidden, MASK), logits_to_keep=scored).logits
-        loss = masking.loss(logits, batch[scored], weights(scored, p)[scored])
-        found.append(gradient(model, loss))
+        noised = masking.Noised(batch.masked_fill(masked, MASK), supervised, batch, weights(supervised, p))
+        logits = model(input_ids=noised.input_ids, logits_to_keep=supervised).logits
+        found.append(gradient(model, masking.weighted_nll(logits, noised)))
     return torch.stack(found)
 
 
@@ -96,8 +96,8 @@ def test_bound_weights_give_the_gradient_of_the_bound_and_the_masked_mean_anothe
     answer_len = torch.tensor([ANSWER] * BATCH)
     wanted = exact_gradient(model, IDS, bound, BLOCK)
     other = exact_gradient(model, IDS, lambda number, size: masked_mean(number, size, [4, 2]), BLOCK)
-    draws = drawn_gradients(model, lambda scored, p: masking.bound_weights(scored, p, 2, answer_len), BLOCK)
-    masked = drawn_gradients(model, lambda scored, p: masking.sample_mean_weights(scored), BLOCK)
+    draws = drawn_gradients(model, lambda supervised, p: masking.bound_weights(supervised, p, 2, answer_len), BLOCK)
+    masked = drawn_gradients(model, lambda supervised, p: masking.sample_mean_weights(supervised), BLOCK)
     for direction in (wanted, other - wanted, *draws[:2]):
         assert standard_errors(draws, wanted, direction) < 4.5 and standard_errors(masked, other, direction) < 4.5
     assert standard_errors(masked, wanted, other - wanted) > 10
@@ -114,9 +114,9 @@ def test_with_blocks_of_one_length_the_masked_mean_is_the_bound(model):
 
 
 def test_weights_by_hand():
-    scored = torch.tensor([[False, True, True, False], [False, False, False, True], [False] * 4])
+    supervised = torch.tensor([[False, True, True, False], [False, False, False, True], [False] * 4])
     weights = masking.bound_weights(
-        scored, torch.tensor([[0.5], [0.1], [0.2]]), torch.tensor([3, 1, 2]), torch.tensor([6, 2, 4])
+        supervised, torch.tensor([[0.5], [0.1], [0.2]]), torch.tensor([3, 1, 2]), torch.tensor([6, 2, 4])
     )
     wanted = torch.tensor([[0, 1 / 3, 1 / 3, 0], [0, 0, 0, 5 / 3], [0, 0, 0, 0]])
     assert torch.allclose(weights, wanted)

@@ -3,7 +3,7 @@
 import pytest
 from conftest import run
 
-from cli import InputError
+from blockwise.cli import InputError
 from plot_loss import read_losses, smooth
 
 

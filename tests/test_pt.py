@@ -11,9 +11,10 @@ from conftest import problems, run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-import llada
 import pt
-from cli import InputError
+from blockwise import prompts
+from blockwise.cli import InputError
+from blockwise.models import hub
 
 EOT = 7  # <|eot_id|> in the tests' tokenizer
 QUERY, RESPONSE = "Ada has 3 pens and {gets} 4 more. How many?", "3 + 4 = 7\nThe answer is: 7"
@@ -24,20 +25,20 @@ USER = (
 )
 
 
-def as_lists(rows):
-    return [row and (row[0], row[1].tolist()) for row in rows]
+def as_lists(samples):
+    return [sample and (sample[0], sample[1].tolist()) for sample in samples]
 
 
 def tokenize(pairs, tokenizer):
     """pt.tokenize as the script calls it; ids as lists."""
-    sample = {"query": [query for query, _ in pairs], "response": [response for _, response in pairs]}
-    ids_of = pt.encoder(tokenizer, sample)
-    return as_lists(pt.tokenize(pairs, tokenizer, pt.extra_header(tokenizer), ids_of))
+    probes = {"query": [query for query, _ in pairs], "response": [response for _, response in pairs]}
+    ids_of = pt.encoder(tokenizer, probes)
+    return as_lists(pt.tokenize(pairs, tokenizer, prompts.extra_header(tokenizer), ids_of))
 
 
 def encode(*args):
-    rows, counts = pt.encode(*args)
-    return as_lists(rows), counts
+    samples, counts = pt.encode(*args)
+    return as_lists(samples), counts
 
 
 # ---------------------------------------------------------------- chat templates
@@ -162,12 +163,11 @@ def with_template(tokenizer, template, added=()):
 
 
 def check(tokenizer, before, after, lead, end):
-    """A row of this tokenizer against the texts that it should consist of."""
+    """A sample of this tokenizer against the texts that it should consist of."""
     prompt, answer = before + USER + after, lead + RESPONSE + end
     turn = {"role": "user", "content": USER}
     assert tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True) == prompt
-    (row,) = tokenize([(QUERY, RESPONSE)], tokenizer)
-    prompt_len, ids = row
+    ((prompt_len, ids),) = tokenize([(QUERY, RESPONSE)], tokenizer)
     assert ids[:prompt_len] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids[:prompt_len]) == prompt
     assert tokenizer.decode(ids[prompt_len:]) == answer
@@ -186,7 +186,7 @@ def test_hard_templates_are_cut_exactly_or_refused(tokenizer, name, added):
     template, *texts = HARD[name]
     tokenizer = with_template(tokenizer, template, added)
     try:
-        pt.extra_header(tokenizer)
+        prompts.extra_header(tokenizer)
     except InputError as error:
         assert "template" in str(error)
     else:
@@ -207,7 +207,7 @@ def test_tokenizer_without_bos(tokenizer):
 
 
 def test_tokenizer_that_adds_a_bos_itself(tokenizer):
-    """As Llama 3's does: the template has written one already, and inside a row there is none."""
+    """As Llama 3's does: the template has written one already, and inside a sample there is none."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 0), ("<|endoftext|>", 1)]
@@ -229,16 +229,16 @@ def test_tokenizer_that_adds_a_bos_itself(tokenizer):
     ],
 )
 def test_extra_header(tokenizer, name, header):
-    assert pt.extra_header(with_template(tokenizer, TEMPLATES[name][0])) == header
+    assert prompts.extra_header(with_template(tokenizer, TEMPLATES[name][0])) == header
 
 
 def test_lladas_extra_header_has_the_47_characters_that_the_reference_cuts(tokenizer):
-    assert len(pt.extra_header(tokenizer)) == 47
+    assert len(prompts.extra_header(tokenizer)) == 47
 
 
 def test_template_that_jinja_cannot_read(tokenizer):
     with pytest.raises(InputError, match="template"):
-        pt.extra_header(with_template(tokenizer, "{% for m in messages %}"))
+        prompts.extra_header(with_template(tokenizer, "{% for m in messages %}"))
 
 
 def test_an_answer_that_ends_like_the_header_is_kept_whole(tokenizer):
@@ -264,8 +264,8 @@ def test_letters_of_all_kinds(tokenizer):
 
 def test_unusable_rows(tokenizer):
     """Empty texts; and a template that puts something else than the answer behind the prompt."""
-    rows = tokenize([("", "a"), ("a", ""), (" \n", "a"), ("a", "\t "), ("a", "b")], tokenizer)
-    assert [row is None for row in rows] == [True, True, True, True, False]
+    samples = tokenize([("", "a"), ("a", ""), (" \n", "a"), ("a", "\t "), ("a", "b")], tokenizer)
+    assert [sample is None for sample in samples] == [True, True, True, True, False]
     thinks = with_template(tokenizer, CHATML_TURNS + if_asked(say(CHATML_HEADER + "<think>\n\n</think>\n\n")))
     assert tokenize([("a", "b")], thinks) == [None]
     assert tokenize([], tokenizer) == []
@@ -296,7 +296,7 @@ def test_token_over_the_border(response):
         [pre_tokenizers.Split("=", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )  # "=" on its own, so that "a" and "b" meet within one word
     tokenizer = ab_tokenizer(byte_level, decoders.ByteLevel())
-    prompt = pt.user_turn("ab?")["content"] + "=a"
+    prompt = prompts.user_message("ab?")["content"] + "=a"
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     whole = tokenizer(prompt + response + "</s>", add_special_tokens=False)["input_ids"]
     assert whole[: len(prompt_ids)] != prompt_ids  # else there is nothing to test
@@ -309,15 +309,15 @@ def test_token_over_the_border(response):
 
 @pytest.mark.parametrize("kind", ["byte-level", "SentencePiece"])
 def test_token_over_the_border_where_a_text_starts_with_a_space(kind):
-    """Some tokenizers put a space in front of every text: such a row has no space too many, or it is not used."""
+    """Some tokenizers put a space in front of every text: such a sample has no space too many, or it is not used."""
     if kind == "byte-level":
         tokenizer = ab_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel())
     else:
         tokenizer = ab_tokenizer(pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace())
     tokenizer.chat_template = tokenizer.chat_template.replace("=a", " a")
-    (row,) = tokenize([("ab?", "bab ab")], tokenizer)
-    if row is not None:
-        assert tokenizer.decode(row[1]).endswith("Let's think step by step. abab ab</s>")
+    (sample,) = tokenize([("ab?", "bab ab")], tokenizer)
+    if sample is not None:
+        assert tokenizer.decode(sample[1]).endswith("Let's think step by step. abab ab</s>")
 
 
 # ---------------------------------------------------------------- encode
@@ -348,7 +348,7 @@ def one_by_one(rows, tokenizer, max_len, filter_type):
 
 @pytest.mark.parametrize("filter_type", ["GSM", ""])
 def test_encode_equals_one_row_at_a_time(tokenizer, filter_type):
-    """More rows than pt.encode takes in one batch (1,000), of every fate."""
+    """More rows than pt.encode takes in one batch (1,000), of every kind."""
     rows = problems(2300, 5)
     for i, row in enumerate(rows):
         row["type"] = "GSM_Rephrased" if i % 7 == 0 else "MATH_AnsAug"
@@ -361,8 +361,8 @@ def test_encode_equals_one_row_at_a_time(tokenizer, filter_type):
     assert counts == expected_counts
     assert all(number > 100 or not filter_type for number in counts.values() if number != counts["unusable"])
     assert sum(counts.values()) == len(rows)
-    assert len({prompt_len for prompt_len, _ in kept}) > 10  # the reference wrote 2 for every row
-    assert max(len(ids) for _, ids in kept) == max_len  # so the limit itself was met, and met rows kept
+    assert len({prompt_len for prompt_len, _ in kept}) > 10  # the reference wrote 2 for every sample
+    assert max(len(ids) for _, ids in kept) == max_len  # so the limit itself was met, and met samples kept
 
 
 def test_the_fast_tokenizer_is_used_only_where_it_agrees(tokenizer, monkeypatch, capsys):
@@ -420,7 +420,7 @@ def load(file):
 
 @pytest.fixture
 def mixed(tmp_path, tokenizer):
-    """A folder of known fates: 5 rows of at most 100 tokens, 3 of type GSM, 2 too long, 1 unusable."""
+    """A folder of known content: 5 rows of at most 100 tokens, 3 of type GSM, 2 too long, 1 unusable."""
     good = {"query": "What is 1 + 1?", "response": "1 + 1 = 2", "type": "MATH_AnsAug"}
     gsm = good | {"type": "GSM_FOBAR"}
     long = good | {"response": " ".join(["1 + 1 = 2"] * 40)}
@@ -436,13 +436,14 @@ def test_real_run_with_defaults(base, mixed, tmp_path, tokenizer):
     assert done.returncode == 0, done.stderr
     assert done.stdout == "MathQA_256.pt: kept 5, skipped by type 3, too long 2, unusable 1 (of 11 rows)\n"
     assert not list(tmp_path.glob("*.unfinished"))
-    rows = load(tmp_path / "MathQA_256.pt")
-    assert type(rows) is list and len(rows) == 5
+    samples = load(tmp_path / "MathQA_256.pt")
+    assert type(samples) is list and len(samples) == 5
     header = tokenizer(LLADA_HEADER, add_special_tokens=False)["input_ids"]
-    for row in rows:
-        assert set(row) == {"prompt_len", "full_ids"}
-        assert type(row["prompt_len"]) is int and row["full_ids"].dtype == torch.long and row["full_ids"].dim() == 1
-        ids, prompt_len = row["full_ids"].tolist(), row["prompt_len"]
+    for sample in samples:
+        assert set(sample) == {"prompt_len", "full_ids"}
+        assert type(sample["prompt_len"]) is int
+        assert sample["full_ids"].dtype == torch.long and sample["full_ids"].dim() == 1
+        ids, prompt_len = sample["full_ids"].tolist(), sample["prompt_len"]
         assert tokenizer.decode(ids[prompt_len:]) == "1 + 1 = 2<|eot_id|>"
         assert ids[-1] == EOT
         assert ids[prompt_len - len(header) : prompt_len] == header
@@ -457,12 +458,12 @@ def test_defaults_are_the_references(monkeypatch):
     }  # fmt: skip
 
 
-def test_rows_are_dropped_and_never_cut(call, base, mixed, tmp_path):
-    """With the limit at the length of the short rows they are all there; one token less, and none is."""
+def test_samples_are_dropped_and_never_cut(call, base, mixed, tmp_path):
+    """With the limit at the length of the short samples they are all kept; one token less, and none is."""
     output = tmp_path / "out.pt"
     code, *_ = call("--model", base, "--dataset", mixed, "--output", output, "--max_len", 10_000)
     assert code == 0
-    short, long = sorted({len(row["full_ids"]) for row in load(output)})
+    short, long = sorted({len(sample["full_ids"]) for sample in load(output)})
     for limit, kept, too_long in [(short, 5, 2), (long - 1, 5, 2), (long, 7, 0)]:
         code, out, _ = call("--model", base, "--dataset", mixed, "--output", output, "--max_len", limit)
         assert code == 0
@@ -515,21 +516,21 @@ def test_jsonl_and_parquet_and_splits(call, base, tmp_path):
                 "--model", base, "--dataset", folder, "--split", split, "--output", tmp_path / f"{split}.{kind}.pt"
             )
             assert code == 0, err
-    tokenizer = llada.load_tokenizer(base)
+    tokenizer = hub.load_tokenizer(base)
     for split, rows in (("train", train), ("test", test)):
         expected, _ = one_by_one(rows, tokenizer, 256, "GSM")
         for kind in ("jsonl", "parquet"):
             written = load(tmp_path / f"{split}.{kind}.pt")
-            assert [(row["prompt_len"], row["full_ids"].tolist()) for row in written] == expected
+            assert [(sample["prompt_len"], sample["full_ids"].tolist()) for sample in written] == expected
 
 
-def test_the_trainers_row_file(pt_file, tokenizer):
-    """The file that the trainers' tests use: each row is its problem, and prompt_len is where the answer starts."""
-    rows = load(pt_file)
-    for row, problem in zip(rows, problems(53, 1), strict=True):
-        answer = tokenizer.decode(row["full_ids"][row["prompt_len"] :])
+def test_the_trainers_samples(pt_file, tokenizer):
+    """The file that the trainers' tests use: each sample is its problem, and prompt_len is where the answer starts."""
+    samples = load(pt_file)
+    for sample, problem in zip(samples, problems(53, 1), strict=True):
+        answer = tokenizer.decode(sample["full_ids"][sample["prompt_len"] :])
         assert answer == problem["response"] + "<|eot_id|>"
-    assert len({row["prompt_len"] for row in rows}) > 5
+    assert len({sample["prompt_len"] for sample in samples}) > 5
 
 
 # ---------------------------------------------------------------- bad input
@@ -589,7 +590,7 @@ def check_refusal(call, output, flags, parts):
 @pytest.mark.parametrize("name", BAD)
 def test_bad_dataset_or_flag(call, base, tmp_path, name):
     files, flags, parts = BAD[name]
-    folder, output = tmp_path / "data", tmp_path / "out" / "rows.pt"
+    folder, output = tmp_path / "data", tmp_path / "out" / "samples.pt"
     folder.mkdir()
     output.parent.mkdir()
     for file, content in files.items():
@@ -604,7 +605,7 @@ def test_bad_dataset_or_flag(call, base, tmp_path, name):
 @pytest.mark.parametrize("name", ["/no/such/folder", "no/such/folder/here", ""])
 def test_dataset_that_does_not_exist(call, base, tmp_path, name):
     (tmp_path / "out").mkdir()
-    output = tmp_path / "out" / "rows.pt"
+    output = tmp_path / "out" / "samples.pt"
     flags = ("--model", base, "--dataset", name, "--output", output)
     check_refusal(call, output, flags, ["dataset", name])
 
@@ -612,7 +613,7 @@ def test_dataset_that_does_not_exist(call, base, tmp_path, name):
 @pytest.mark.parametrize("name", ["/no/such/model", "no/such/model/here"])
 def test_model_that_does_not_exist(call, dataset_folder, tmp_path, name):
     (tmp_path / "out").mkdir()
-    output = tmp_path / "out" / "rows.pt"
+    output = tmp_path / "out" / "samples.pt"
     check_refusal(call, output, ("--model", name, "--dataset", dataset_folder, "--output", output), [name])
 
 
@@ -620,7 +621,7 @@ def test_model_that_does_not_exist(call, dataset_folder, tmp_path, name):
 def test_tokenizer_without_chat_template(call, tokenizer, dataset_folder, tmp_path, template):
     with_template(tokenizer, template).save_pretrained(tmp_path / "model")
     (tmp_path / "out").mkdir()
-    output = tmp_path / "out" / "rows.pt"
+    output = tmp_path / "out" / "samples.pt"
     flags = ("--model", tmp_path / "model", "--dataset", dataset_folder, "--output", output)
     check_refusal(call, output, flags, ["chat template", str(tmp_path / "model")])
 
@@ -628,13 +629,13 @@ def test_tokenizer_without_chat_template(call, tokenizer, dataset_folder, tmp_pa
 def test_folder_without_tokenizer(call, dataset_folder, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "out").mkdir()
-    output = tmp_path / "out" / "rows.pt"
+    output = tmp_path / "out" / "samples.pt"
     flags = ("--model", tmp_path / "model", "--dataset", dataset_folder, "--output", output)
     check_refusal(call, output, flags, ["tokenizer", str(tmp_path / "model")])
 
 
 def test_output_in_a_folder_that_does_not_exist(call, base, dataset_folder, tmp_path):
-    output = tmp_path / "out" / "rows.pt"
+    output = tmp_path / "out" / "samples.pt"
     code, out, err = call("--model", base, "--dataset", dataset_folder, "--output", output)
     assert code == 1 and out == "" and str(output) in err
     assert not output.parent.exists()
@@ -650,10 +651,10 @@ def test_real_run_on_bad_input(base, tmp_path):
     """One refusal as a user sees it, exit code and all."""
     write_jsonl(tmp_path / "data" / "train.jsonl", without("response"))
     cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = run("pt.py", "--model", base, "--dataset", "data", "--output", "rows.pt", cwd=tmp_path, env=cache)
+    done = run("pt.py", "--model", base, "--dataset", "data", "--output", "samples.pt", cwd=tmp_path, env=cache)
     assert done.returncode == 1
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     sentence = "error: --dataset data has no column 'response'; its columns are query, type."
     assert done.stderr.strip().splitlines()[-1] == sentence
-    assert not list(tmp_path.glob("rows.pt*"))
+    assert not list(tmp_path.glob("samples.pt*"))

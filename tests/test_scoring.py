@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import scoring
+from blockwise import scoring
 
 
 @pytest.mark.parametrize(

@@ -16,27 +16,28 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-import cli
-import decode
-import llada
 import masking
-import sft
 import train_blockwise
-from cli import InputError
-from log import make_log_folder
-from place import Place
-from rows import Rows, derive_seed, make_rows, schedule
-from settings import Settings
+from blockwise import cli, engine, trainer
+from blockwise.cli import InputError
+from blockwise.data import Samples, derive_seed, make_samples, schedule
+from blockwise.decoding import decode
+from blockwise.decoding.settings import Settings
+from blockwise.models import llada
+from blockwise.models.hub import weight_files
+from blockwise.previews import Previews
+from blockwise.run.ranks import Ranks
+from blockwise.run.run_folder import new_run
 
 KNOBS = {
-    "MASK_ID": 4, "MAX_LEN": 192, "LORA_R": 4, "LORA_ALPHA": 8, "LR": 1e-2, "BF16": False, "MICRO_BSIZE": 2,
+    "MASK_ID": 4, "MAX_LEN": 192, "LORA_RANK": 4, "LR": 1e-2, "BF16": False, "MICRO_BSIZE": 2,
     "GRAD_ACC": 2, "BLOCK_SIZE": 16, "LORA_DROPOUT": 0.0, "CKPT_DIR": "out/run", "EOS_TAIL": False,
 }  # fmt: skip
 DEFAULTS = {name: getattr(train_blockwise, name) for name in ("TOTAL_TRAIN_STEPS", "SAVE_EVERY", "RESUME_EVERY")}
 
 
 def flags(script, base, pt_file, **changes):
-    return arguments(script, KNOBS | {"MODEL": base, "PT_FILE": pt_file} | changes)
+    return arguments(script, KNOBS | {"MODEL_NAME": base, "DATA_PT": pt_file} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +70,14 @@ def losses(folder, logs="out/run_logs"):
 
 
 def tensors(folder):
-    return {name: weight for file in llada.weight_files(folder) for name, weight in load_file(file).items()}
+    return {name: weight for file in weight_files(folder) for name, weight in load_file(file).items()}
 
 
 def literal_training(base, pt_file, steps, size):
-    """Block-wise training in a plain loop: full logits, one forward pass per row, torch's AdamW, no engine."""
+    """Block-wise training in a plain loop: full logits, one forward pass per sample, torch's AdamW, no engine."""
     knobs = SimpleNamespace(**{k: v for k, v in vars(train_blockwise).items() if k.isupper()} | KNOBS)
     data = read(pt_file)
-    lengths = torch.tensor([(row["prompt_len"], len(row["full_ids"])) for row in data])
+    lengths = torch.tensor([(sample["prompt_len"], len(sample["full_ids"])) for sample in data])
     blocks = torch.tensor([math.ceil((end - start) / knobs.BLOCK_SIZE) for start, end in lengths.tolist()])
     order = schedule(blocks, 1, knobs.SEED)
     model = llada.load_model(base, torch.float32)
@@ -86,17 +87,17 @@ def literal_training(base, pt_file, steps, size):
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     log = []
     for step in range(1, steps + 1):
-        row, block = order[(step - 1) * size : step * size].T
+        sample, block = order[(step - 1) * size : step * size].T
         generator = torch.Generator().manual_seed(derive_seed(knobs.SEED, "masks", step))
-        hidden, scored, _ = masking.blockwise_masks(
-            *lengths[row].T, block, knobs.MAX_LEN, block_size=knobs.BLOCK_SIZE, mask_prob_eps=1e-3,
+        masked, supervised, _ = masking.blockwise_masks(
+            *lengths[sample].T, block, knobs.MAX_LEN, block_size=knobs.BLOCK_SIZE, mask_prob_eps=1e-3,
             prefix_mask_rate=0.0, suffix_mask_prob=1.0, generator=generator,
         )  # fmt: skip
         parts = []
-        for i, ask, hide in zip(row.tolist(), scored, hidden):
+        for i, ask, mask in zip(sample.tolist(), supervised, masked):
             ids = F.pad(data[i]["full_ids"], (0, knobs.MAX_LEN - len(data[i]["full_ids"])), value=1)
             if ask.any():
-                logits = model(torch.where(hide, 4, ids)[None]).logits[0]
+                logits = model(torch.where(mask, 4, ids)[None]).logits[0]
                 parts.append(F.cross_entropy(logits[ask], ids[ask]))
         loss = torch.stack(parts).mean()
         optimizer.zero_grad()
@@ -106,7 +107,7 @@ def literal_training(base, pt_file, steps, size):
         cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
         optimizer.param_groups[0]["lr"] = knobs.LR * (1.0 if step <= warmup else cosine)
         optimizer.step()
-        log.append((loss.item(), norm.item(), optimizer.param_groups[0]["lr"], int(scored.sum())))
+        log.append((loss.item(), norm.item(), optimizer.param_groups[0]["lr"], int(supervised.sum())))
     return log
 
 
@@ -133,7 +134,7 @@ def test_a_run_ends_with_a_checkpoint_that_differs_in_the_adapted_tensors_only(t
     done = launch(ranks, script, *flags(script, base, pt_file), cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"global batch {size} = 2 MICRO_BSIZE x 2 GRAD_ACC x {ranks} ranks" in done.stdout
-    steps = 53 // size  # 53 rows: no batch size divides them
+    steps = 53 // size  # 53 samples: no batch size divides them
     assert len(losses(folder)) == steps and all(math.isfinite(loss) for loss in losses(folder))
     checkpoint = folder / f"out/run_step{steps:04d}"
     assert {file.name for file in (folder / "out").iterdir()} == {checkpoint.name, "run_logs"}
@@ -154,9 +155,10 @@ def test_logs_hold_all_constants_and_the_engine_configuration(trained):
     folder = trained(ranks=2, GRAD_ACC=2)
     logged = json.loads((folder / "out/run_logs/ablation_config.json").read_text())
     for name, default in vars(train_blockwise).items():
-        if name.isupper() and name not in ("MODEL", "PT_FILE"):
+        if name.isupper() and name not in ("MODEL_NAME", "DATA_PT"):
             assert logged[name] == KNOBS.get(name, default)
     assert logged["derived"]["total_steps"] == 6 and logged["derived"]["ranks"] == 2
+    assert logged["LORA_ALPHA"] == 0 and logged["derived"]["lora_alpha"] == 8
     config = json.loads((folder / "ds_zero2.json").read_text())
     assert config["zero_optimization"]["stage"] == 2 and config["optimizer"]["params"]["lr"] == 1e-2
     assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (2, 2)
@@ -185,9 +187,9 @@ def test_saving_sampling_and_checkpointing_do_not_change_the_training(trained, p
     assert losses(saving) == pytest.approx(losses(plain), abs=2e-6)
     assert {file.name for file in (saving / "out").iterdir()} == {"run_logs", "run_step0003", "run_step0004"}
     assert [file.name for file in (saving / "out/run_logs").iterdir() if file.is_dir()] == []
-    samples = [json.loads(line) for line in (saving / "out/run_logs/samples.jsonl").read_text().splitlines()]
-    prompts = [tokenizer.decode(row["full_ids"][: row["prompt_len"]]) for row in read(pt_file)[:4]]
-    assert [(row["step"], row["prompt"]) for row in samples] == [(step, text) for step in (2, 4) for text in prompts]
+    rows = [json.loads(line) for line in (saving / "out/run_logs/samples.jsonl").read_text().splitlines()]
+    prompts = [tokenizer.decode(sample["full_ids"][: sample["prompt_len"]]) for sample in read(pt_file)[:4]]
+    assert [(row["step"], row["prompt"]) for row in rows] == [(step, text) for step in (2, 4) for text in prompts]
     assert not (plain / "out/run_logs/samples.jsonl").exists()
 
 
@@ -196,7 +198,7 @@ def test_gradient_checkpointing_runs_each_layer_again(base, checkpointing, passe
     """In the first step already: a loaded model is in evaluation mode, in which it would do nothing."""
     knobs = {k: v for k, v in vars(train_blockwise).items() if k.isupper()} | KNOBS
     knobs = SimpleNamespace(**knobs | {"GRADIENT_CHECKPOINTING": checkpointing})
-    model = sft.lora_model(base, knobs, Place(0, 1, 0, 1, torch.device("cpu")))
+    model = engine.lora_model(base, knobs, Ranks(0, 1, 0, 1, torch.device("cpu")))
     layers, calls = model.base_model.model.model.layers, []
     for layer in layers:
         layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -204,33 +206,33 @@ def test_gradient_checkpointing_runs_each_layer_again(base, checkpointing, passe
     assert len(calls) == passes * len(layers)
 
 
-def test_samples_are_decoded_with_the_adapters(base, pt_file, tokenizer):
+def test_previews_are_decoded_with_the_adapters(base, pt_file, tokenizer):
     model = get_peft_model(llada.load_model(base, torch.float32), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.3)
-    knobs = SimpleNamespace(**KNOBS, PT_FILE=pt_file, MAX_SAMPLES=0, SAMPLE_EVERY=1)
+    knobs = SimpleNamespace(**KNOBS, DATA_PT=pt_file, MAX_SAMPLES=0, SAMPLE_EVERY=1)
     config = model.config
-    rows = make_rows(read(pt_file), knobs, config)
-    samples = sft.Samples(base, config, rows, knobs)
-    written = [json.loads(line) for line in samples.lines(model, step=7).splitlines()]
+    samples = make_samples(read(pt_file), knobs, config)
+    previews = Previews(base, config, samples, knobs)
+    written = [json.loads(line) for line in previews.lines(model, step=7).splitlines()]
     assert model.training
-    merged, gen_length = model.merge_and_unload().eval(), samples.settings.gen_length
-    answers = [len(row["full_ids"]) - row["prompt_len"] for row in read(pt_file)[:4]]
+    merged, gen_length = model.merge_and_unload().eval(), previews.settings.gen_length
+    answers = [len(sample["full_ids"]) - sample["prompt_len"] for sample in read(pt_file)[:4]]
     assert gen_length % 16 == 0 and 0 <= gen_length - max(answers) < 16
-    for row, sample in zip(read(pt_file), written, strict=False):
-        prompt = row["full_ids"][: row["prompt_len"]].tolist()
+    for sample, row in zip(read(pt_file), written, strict=False):
+        prompt = sample["full_ids"][: sample["prompt_len"]].tolist()
         ids, _ = decode.decode(merged, [prompt], Settings(gen_length, 16, gen_length))
-        assert sample["completion"] == decode.completion(tokenizer, ids[0].tolist(), [1, 7]) and sample["step"] == 7
+        assert row["completion"] == decode.completion(tokenizer, ids[0].tolist(), [1, 7]) and row["step"] == 7
     config.max_position_embeddings = max(answers) + 10
     with pytest.raises(InputError, match="SAMPLE_EVERY=1: .* Set it to 0"):
-        sft.Samples(base, config, rows, knobs)
+        Previews(base, config, samples, knobs)
 
 
 def test_ranks_draw_different_masks_and_dropout(trained, pt_file, tmp_path):
-    """On copies of one row, one a rank: if the ranks drew alike, the number of scored tokens would always be even."""
+    """On copies of one sample, one a rank: if they drew alike, the number of supervised tokens would always be even."""
     torch.save(read(pt_file)[:1] * 24, tmp_path / "copies.pt")
-    knobs = {"MICRO_BSIZE": 1, "GRAD_ACC": 1, "PT_FILE": tmp_path / "copies.pt"}
+    knobs = {"MICRO_BSIZE": 1, "GRAD_ACC": 1, "DATA_PT": tmp_path / "copies.pt"}
     folder = trained("train_fullseq.py", ranks=2, **knobs)
     assert {int(row["supervised_tokens"]) % 2 for row in read_csv(folder / "out/run_logs/metrics.csv")} == {0, 1}
     seeds = [derive_seed(42, "dropout", step, rank) for step in range(50) for rank in range(8)]
@@ -247,11 +249,38 @@ def test_bf16(trained):
 
 def test_epochs_draw_other_blocks_until_all_are_used(trained, pt_file):
     data = read(pt_file)
-    blocks = sum(math.ceil((len(row["full_ids"]) - row["prompt_len"]) / 32) for row in data)
+    blocks = sum(math.ceil((len(sample["full_ids"]) - sample["prompt_len"]) / 32) for sample in data)
     folder = trained(EPOCHS=9, BLOCK_SIZE=32, MICRO_BSIZE=4)
     output = folder.with_name(f"{folder.name}.output").read_text()
-    assert f"{blocks} = 53 rows x 9 EPOCHS - {53 * 9 - blocks} with no block left" in output
+    assert f"{blocks} = 53 samples x 9 EPOCHS - {53 * 9 - blocks} with no block left" in output
     assert len(losses(folder)) == blocks // 8
+
+
+def test_a_log_warmup_under_the_engine(trained):
+    """LR is 0 in the first two steps, so the adapters have no effect before the fourth."""
+    folder = trained(WARMUP_TYPE="log", WARMUP_RATIO=0.6, TOTAL_TRAIN_STEPS=6)
+    lr = [float(row["lr"]) for row in read_csv(folder / "out/run_logs/metrics.csv")]
+    cosine = 0.01 + 0.99 * (1 + math.cos(math.pi * 2 / 3)) / 2
+    by_hand = [0, 0, math.log(2) / math.log(3), 1, 0.01 + 0.99 * (1 + math.cos(math.pi / 3)) / 2, cosine]
+    assert lr == pytest.approx([1e-2 * factor for factor in by_hand], rel=1e-5)
+    plain = trained(TOTAL_TRAIN_STEPS=6)
+    assert losses(folder)[0] == losses(plain)[0] and losses(folder)[1] != losses(plain)[1]
+
+
+def test_save_dtype_and_the_saved_adapters(trained, base):
+    """A float32 checkpoint has all of the update; its adapters on the base give the same logits."""
+    folder = trained(SAVE_DTYPE="float32", TOTAL_TRAIN_STEPS=3)
+    assert {weight.dtype for weight in tensors(folder / "out/run_step0003").values()} == {torch.float32}
+    output = folder.with_name(f"{folder.name}.output").read_text()
+    assert "100% of the update survived rounding to float32" in output
+    merged, _ = decode.load(str(folder / "out/run_step0003"), "float32", torch.device("cpu"))
+    adapted, _ = decode.load(str(base), "float32", torch.device("cpu"), str(folder / "out/run_step0003/adapter"))
+    untuned, _ = decode.load(str(base), "float32", torch.device("cpu"))
+    ids = torch.randint(8, 400, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        merged, adapted, untuned = (model(ids).logits for model in (merged, adapted, untuned))
+    torch.testing.assert_close(adapted, merged, rtol=1e-4, atol=1e-4)
+    assert (adapted - untuned).abs().max() > 0.1
 
 
 # ---------------------------------------------------------------- bad input
@@ -262,7 +291,7 @@ def test_bad_input_ends_the_job_with_one_sentence_and_leaves_nothing(tmp_path, b
     script = "train_blockwise.py"
     done = launch(2, script, *flags(script, base, pt_file, MICRO_BSIZE=14), cwd=tmp_path)
     assert done.returncode != 0 and not list(tmp_path.iterdir())
-    said = "53 usable rows (MAX_SAMPLES 6400) are fewer than one global batch of 56 = 14 MICRO_BSIZE"
+    said = "53 usable samples (MAX_SAMPLES 6400) are fewer than one global batch of 56 = 14 MICRO_BSIZE"
     output = done.stdout + done.stderr
     assert output.count(said) == 1 and "Traceback" not in output
 
@@ -288,7 +317,7 @@ def test_every_rank_ends_with_an_error_code(ended, monkeypatch, base):
     monkeypatch.setattr(cli.time, "sleep", slept.append)
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    said = ended("train_fullseq.py", "--PT_FILE=missing.pt", f"--MODEL={base}", "--MASK_ID=4")
+    said = ended("train_fullseq.py", "--DATA_PT=missing.pt", f"--MODEL_NAME={base}", "--MASK_ID=4")
     assert said.startswith("error: missing.pt does not exist") and slept == [10]
 
 
@@ -298,7 +327,7 @@ def test_without_the_launcher_it_says_how_to_start(ended):
 
 def knobs_for(base, **changes):
     defaults = {name: value for name, value in vars(train_blockwise).items() if name.isupper()}
-    return SimpleNamespace(**defaults | KNOBS | {"MODEL": str(base)} | changes)
+    return SimpleNamespace(**defaults | KNOBS | {"MODEL_NAME": str(base)} | changes)
 
 
 @pytest.mark.parametrize(
@@ -310,26 +339,29 @@ def knobs_for(base, **changes):
 )
 def test_knobs_are_compared_with_the_model(base, changes, said):
     with pytest.raises(InputError, match=said):
-        sft.check_model(base, knobs_for(base, **changes))
+        engine.check_model(base, knobs_for(base, **changes))
 
 
-def test_target_modules_must_be_linears_of_the_layers():
-    sft.check_targets(train_blockwise.TARGET_MODS)
+def test_target_modules_must_be_linears_of_the_layers(base):
+    engine.check_model(base, knobs_for(base))
     for name in ("attn_out", "lm_head", "proj"):  # the hub's name, one that cannot be merged, a part of a name
         with pytest.raises(InputError, match=f"TARGET_MODS: '{name}' matches no layer .* o_proj"):
-            sft.check_targets(["q_proj", name])
+            engine.check_model(base, knobs_for(base, TARGET_MODS=["q_proj", name]))
 
 
 def test_all_folders_of_a_run_have_the_same_suffix(tmp_path):
     """Also when the run before left only logs, or only checkpoints: no two runs share a suffix."""
     start = str(tmp_path / "out (1)" / "run")
-    assert make_log_folder(start) == (tmp_path / "out (1)/run_logs", "")
+    folder = new_run(start)
+    assert (folder.path, folder.suffix) == (tmp_path / "out (1)/run_logs", "")
     (tmp_path / "out (1)/run_step0003-v2").mkdir()
     (tmp_path / "out (1)/other_step0003-v3").mkdir()
-    assert make_log_folder(start) == (tmp_path / "out (1)/run_logs-v3", "-v3")
+    folder = new_run(start)
+    assert (folder.path, folder.suffix) == (tmp_path / "out (1)/run_logs-v3", "-v3")
+    assert folder.checkpoint(7) == tmp_path / "out (1)/run_step0007-v3"
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
-        make_log_folder(str(tmp_path / "file" / "run"))
+        new_run(str(tmp_path / "file" / "run"))
 
 
 @pytest.mark.parametrize(
@@ -345,14 +377,14 @@ def test_the_config_must_allow_training(base, tmp_path, config, said, monkeypatc
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     monkeypatch.setattr(llada, "check_tensors", lambda folder, config: None)  # the weights are not what this is about
     with pytest.raises(InputError, match=said):
-        sft.check_model(tmp_path / "base", knobs_for(base))
+        engine.check_model(tmp_path / "base", knobs_for(base))
 
 
-def test_more_steps_than_the_rows_give_are_refused(base):
-    place = Place(0, 2, 0, 2, torch.device("cpu"))
-    rows = Rows(torch.zeros(53, 192), torch.zeros(53), torch.ones(53), torch.arange(53), unanswered=0)
+def test_more_steps_than_the_samples_give_are_refused(base):
+    ranks = Ranks(0, 2, 0, 2, torch.device("cpu"))
+    samples = Samples(torch.zeros(53, 192), torch.zeros(53), torch.ones(53), torch.arange(53), unanswered=0)
     plan = torch.zeros(53, 2)
-    assert sft.plan_steps(knobs_for(base), place, rows, plan) == 6
-    assert sft.plan_steps(knobs_for(base, TOTAL_TRAIN_STEPS=2), place, rows, plan) == 2
+    assert trainer.plan_steps(knobs_for(base), ranks, samples, plan) == 6
+    assert trainer.plan_steps(knobs_for(base, TOTAL_TRAIN_STEPS=2), ranks, samples, plan) == 2
     with pytest.raises(InputError, match="TOTAL_TRAIN_STEPS=7 is more than the 6 steps"):
-        sft.plan_steps(knobs_for(base, TOTAL_TRAIN_STEPS=7), place, rows, plan)
+        trainer.plan_steps(knobs_for(base, TOTAL_TRAIN_STEPS=7), ranks, samples, plan)

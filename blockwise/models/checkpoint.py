@@ -8,6 +8,7 @@ folder adapter/ of the checkpoint, in PEFT's format.
 import copy
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,17 +22,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import masking
 from blockwise.cli import InputError
 from blockwise.models import llada
-from blockwise.models.hub import INDEX, reason, weight_files
+from blockwise.models.hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, adapter_files, reason, weight_files
 from blockwise.run import files
 
-CHUNK = 2**23  # elements of a tensor in memory at a time: 32 MB in fp32
+warnings.filterwarnings("ignore", category=FutureWarning)  # the pinned packages warn about each other
+CHUNK = 2**20  # elements of a tensor in memory at a time: 4 MB in fp32
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 SAVED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # SAVE_DTYPE -> its name in safetensors files
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx"}  # not side files
 ADAPTER = "adapter"  # folder in a checkpoint
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 
 
 def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
@@ -122,8 +124,9 @@ def rounded(chunk: tuple[Tensor, Tensor], name: str, dtype: torch.dtype, factor:
     if dtype == torch.float16 and not result.isfinite().equal(merged.isfinite()):
         raise InputError(f"SAVE_DTYPE float16 cannot hold tensor {name}: it has values above 65504; use another.")
     if factor:
-        rounding.update += (merged - old).square().sum(dtype=torch.float64).item()
-        rounding.error += (result.float() - merged).square().sum(dtype=torch.float64).item()
+        difference = merged - old
+        rounding.update += difference.square_().sum(dtype=torch.float64).item()  # in place, for memory
+        rounding.error += torch.sub(result, merged, out=difference).square_().sum(dtype=torch.float64).item()
         rounding.weights += merged.numel()
     return result.cpu().view(torch.uint8).numpy()
 
@@ -181,17 +184,24 @@ def save_adapter(model: PeftModel, base_name: str, out: Path) -> None:
     files.sync(out)
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """Adds the adapters of a folder in PEFT's format to a base. Raises InputError if they do not belong to it."""
-    folder = Path(folder)
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / name).is_file():
-            raise InputError(f"--adapter {folder}: {name} is missing; give the folder adapter/ of a checkpoint.")
+def adapter_config(folder: str | Path) -> LoraConfig:
+    """The config of the adapters of a folder in PEFT's format. Raises InputError if there are none."""
+    adapter_files(folder)
     try:
         config = PeftConfig.from_pretrained(folder)
-        tensors = load_file(folder / ADAPTER_WEIGHTS)
         if not isinstance(config, LoraConfig):
             raise ValueError("it holds no LoRA adapters")
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"--adapter {folder} cannot be used with this model: {reason(error)}") from error
+    return config
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """Adds the adapters of a folder in PEFT's format to a base. Raises InputError if they do not belong to it."""
+    config = adapter_config(folder)
+    config.base_model_name_or_path = None  # PEFT would warn if the base has another name by now
+    try:
+        tensors = load_file(Path(folder) / ADAPTER_WEIGHTS)
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
     except (ValueError, TypeError, KeyError, SafetensorError) as error:
         raise InputError(f"--adapter {folder} cannot be used with this model: {reason(error)}") from error
@@ -210,13 +220,19 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
 
 
 @torch.no_grad()
-def logit_gap(model: PeftModel, base: Path, merged: Path, inputs: Tensor, positions: Tensor) -> str:
-    """How far the logits of the checkpoint in `merged` are from those of base + adapters, on one batch.
+def logit_gap(
+    model: PeftModel, base: Path, merged: Path, ids: Tensor, prompt_len: Tensor, length: Tensor, mask_id: int
+) -> str:
+    """How far the logits of the checkpoint in `merged` are from those of base + adapters, where answers are written.
 
     The merged weights are read from the saved files into the live model one by one, and the base's afterwards, so no
     second model is needed; the model is the same to the bit when this returns. model: PEFT model in evaluation mode;
-    inputs: (B, L) ids; positions: (B, L) bool, where to compare. Returns a sentence.
+    ids: (B, L), of which the answers are masked, as decoding first sees them; prompt_len, length: (B,), where answers
+    start and end. Returns a sentence.
     """
+    whole = ids.shape[1]  # as the block size: one block, the answer
+    _, positions, _ = masking.regions(prompt_len, length, torch.zeros_like(length), whole, whole)  # (B, L)
+    inputs = ids.masked_fill(positions, mask_id)
 
     def logits():
         return model(input_ids=inputs, logits_to_keep=positions).logits.float()  # (n, V)

@@ -12,6 +12,7 @@ from blockwise.cli import InputError
 from blockwise.run import files
 
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 FINGERPRINT_BYTES = 2**16  # of each tensor
 
 
@@ -64,6 +65,15 @@ def weight_files(folder: str | Path) -> list[Path]:
         if not (folder / name).is_file():
             raise InputError(f"{folder} has no weights: {name} is missing; fetch the model again.")
     return [folder / name for name in sorted(names)]
+
+
+def adapter_files(folder: str | Path) -> list[Path]:
+    """The two files of LoRA adapters in PEFT's format. Raises InputError if one is missing."""
+    paths = [Path(folder) / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"--adapter {folder}: {path.name} is missing; give the folder adapter/ of a checkpoint.")
+    return paths
 
 
 def fingerprint(folder: Path) -> str:

@@ -11,7 +11,7 @@ from blockwise.run import files
 from blockwise.run.ranks import Ranks, print0
 from blockwise.run.run_folder import CONSTANTS, RunFolder
 
-MAY_CHANGE_ON_RESUME = {"RESUME", "RESUME_EVERY", "MAX_BAD_STEPS"}  # knobs that change no number
+MAY_CHANGE_ON_RESUME = {"RESUME", "RESUME_EVERY", "MAX_BAD_STEPS", "SAVE_DTYPE"}  # knobs that change no step
 VERSIONS = ("torch", "transformers", "deepspeed", "peft")
 
 

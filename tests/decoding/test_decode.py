@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-import decode
-import llada
-from cli import InputError
-from settings import Settings
+from blockwise.cli import InputError
+from blockwise.decoding import decode
+from blockwise.decoding.settings import Settings
+from blockwise.models import llada
 
 MASK = 4
-END = (120, 293)  # tokens that this model likes, in the place of those that end an answer
+END = (120, 293)  # tokens that this model likes, instead of those that end an answer
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ import hashlib
 import json
 import re
 
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}  # in the folder adapter/
+
 
 def results(folder):
     """What is compared: {file: bytes} of the losses and of all that has the name of a checkpoint."""
@@ -28,9 +30,15 @@ def check_left(folder, reference):
     checkpoints = {path.name for path in folder.glob("*_step????")}
     for path in reference.glob("*_step????"):
         if path.name in checkpoints:  # none of its files is missing
-            assert {file.name for file in path.iterdir()} == {file.name for file in (folder / path.name).iterdir()}
+            assert names(path) == names(folder / path.name)
     for point in folder.glob("*_logs/resume_step????"):
         check_point(point)
+
+
+def names(checkpoint):
+    """The files of a checkpoint, those of its adapters included."""
+    assert {file.name for file in (checkpoint / "adapter").iterdir()} == ADAPTER
+    return {file.relative_to(checkpoint).as_posix() for file in checkpoint.rglob("*")}
 
 
 def check_point(point):
@@ -48,6 +56,8 @@ def check_finished(folder, reference):
     """A finished run has left the same losses and checkpoints as the uninterrupted one, and nothing unfinished."""
     assert results(folder) == results(reference) and results(folder)
     assert {path.name for path in folder.iterdir()} == {path.name for path in reference.iterdir()}
+    for checkpoint in folder.glob("*_step????"):
+        assert names(checkpoint)
     assert not list(folder.rglob("*unfinished*")) and not list(folder.rglob("resume_step*"))
 
 

@@ -1,11 +1,13 @@
 """Starts trainings in a second instead of ten: imports everything once, then forks the ranks of each run.
 
-Reads requests, a JSON line each: {"script", "argv", "ranks", "cwd", "output", "faults"}, and answers with the exit
-codes of the ranks and the seconds that the run took. Nothing here runs a tensor operation before the fork. The events
-of a run, at which it can be killed, are all that it does to files below its CKPT_DIR, and its optimizer steps.
+Reads requests, a JSON line each: {"script", "argv", "ranks", "runs", "cwd", "output", "faults"}, and answers with the
+exit codes of the ranks and the seconds that it took; runs: how many of the same start at the same time. Nothing here
+runs a tensor operation before the fork. The events of a run, at which it can be killed, are all that it does to files
+below its CKPT_DIR, and its optimizer steps.
 """
 
 import errno
+import importlib
 import json
 import os
 import re
@@ -15,33 +17,47 @@ import signal
 import socket
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
+
+import deepspeed
+
+from blockwise import cli, trainer
+from blockwise.run import files
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
-import cli  # noqa: E402
-import files  # noqa: E402
-import sft  # noqa: E402
 
 TIMEOUT = 100  # seconds in which all ranks must have ended by themselves
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def prepare():
+    """Does once what every run does in its first second."""
+    with patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):  # else this alone imports all of torch's compiler
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    assert deepspeed.ops.__compatible_ops__  # runs a C compiler
+
+
+def free_ports(number):
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
 
 
 def main():
+    answers = open(os.dup(1), "w")  # noqa: SIM115
+    os.dup2(2, 1)  # what a compiler says is no answer
+    prepare()
     for line in sys.stdin:
         request = json.loads(line)
-        began, port = time.monotonic(), free_port()
-        ranks = [start(request, rank, port) for rank in range(request["ranks"])]
+        began, ports = time.monotonic(), free_ports(request["runs"])
+        ranks = [start(request, rank, port) for port in ports for rank in range(request["ranks"])]
         codes = wait(ranks, began, request["faults"].get("together", False))
-        print(json.dumps({"codes": codes, "seconds": time.monotonic() - began}), flush=True)
+        print(json.dumps({"codes": codes, "seconds": time.monotonic() - began}), file=answers, flush=True)
 
 
 def wait(ranks, began, together):
@@ -105,10 +121,10 @@ class Faults:
         if not faults or rank != faults.get("rank", rank if "trace" in faults else 0):
             return
         self.faults, self.count, self.sent, self.full = faults, 0, False, False
-        self.fsync, self.write, self.step = os.fsync, files.write, sft.train_step
+        self.fsync, self.write, self.step = os.fsync, files.write, trainer.train_step
         self.trace = open(f"{faults['trace']}{rank}", "a") if "trace" in faults else None  # noqa: SIM115
         sys.addaudithook(self.audit)
-        os.fsync, files.write, sft.train_step = self.counted_fsync, self.counted_write, self.counted_step
+        os.fsync, files.write, trainer.train_step = self.counted_fsync, self.counted_write, self.counted_step
         if "elsewhere" in faults:
             os.chdir(faults["elsewhere"])
         if "bytes" in faults:

@@ -1,12 +1,14 @@
 """Files that would run code if they were trusted. Each writes a file when it is executed; none may appear."""
 
 import json
+import runpy
 import shutil
 import signal
+import sys
 
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT
 
 
 class Attack:
@@ -37,7 +39,7 @@ def mark(tmp_path):
 
 @pytest.fixture
 def model(base, tmp_path, mark):
-    """A model folder whose config and tokenizer name code that lies beside them, and a pickle of its weights."""
+    """A model folder whose config and tokenizer name code that lies next to them, and a pickle of its weights."""
     folder = tmp_path / "model ö"
     shutil.copytree(base, folder)
     (folder / "code.py").write_text(CODE.format(mark=str(mark)))
@@ -52,20 +54,20 @@ def model(base, tmp_path, mark):
 
 def test_the_attacks_would_work(tmp_path, mark):
     """If the file were trusted."""
-    torch.save(Attack(tmp_path / "other"), tmp_path / "rows.pt")
-    torch.load(tmp_path / "rows.pt", weights_only=False)
+    torch.save(Attack(tmp_path / "other"), tmp_path / "samples.pt")
+    torch.load(tmp_path / "samples.pt", weights_only=False)
     assert (tmp_path / "other").exists()
     exec(CODE.format(mark=str(tmp_path / "third")), {})
     assert (tmp_path / "third").exists()
 
 
-@pytest.mark.parametrize("where", ["the list", "a row", "the ids"])
-def test_rows_that_are_code(forked, tmp_path, mark, record_property, where):
+@pytest.mark.parametrize("where", ["the list", "a sample", "the ids"])
+def test_samples_that_are_code(forked, tmp_path, mark, record_property, where):
     record_property("fault", "hostile files")
     attack = Attack(mark)
-    rows = {"the list": attack, "a row": [attack], "the ids": [{"prompt_len": 1, "full_ids": attack}]}[where]
-    torch.save(rows, tmp_path / "rows.pt")
-    done = forked(tmp_path / "run", PT_FILE=tmp_path / "rows.pt")
+    samples = {"the list": attack, "a sample": [attack], "the ids": [{"prompt_len": 1, "full_ids": attack}]}[where]
+    torch.save(samples, tmp_path / "samples.pt")
+    done = forked(tmp_path / "run", DATA_PT=tmp_path / "samples.pt")
     assert done.codes == [1] and "is truncated, damaged or was not written by pt.py" in done.output
     assert not list((tmp_path / "run").iterdir())
 
@@ -73,18 +75,21 @@ def test_rows_that_are_code(forked, tmp_path, mark, record_property, where):
 def test_a_model_folder_with_code_is_trained_with_our_own(forked, tmp_path, model, mark, record_property):
     """And its code is in the checkpoint, where it is not executed either."""
     record_property("fault", "hostile files")
-    done = forked(tmp_path / "run", MODEL=model, SAMPLE_EVERY=4)
+    done = forked(tmp_path / "run", MODEL_NAME=model, SAMPLE_EVERY=4)
     assert done.codes == [0], done.output
     assert (tmp_path / "run/out/run ö_step0004/code.py").exists()
 
 
-def test_the_other_scripts_do_not_run_it_either(tmp_path, model, dataset_folder, mark, record_property):
+def test_the_other_scripts_do_not_run_it_either(tmp_path, model, dataset_folder, mark, monkeypatch, record_property):
     record_property("fault", "hostile files")
-    done = run("pt.py", "--model", model, "--dataset", dataset_folder, "--output", tmp_path / "rows.pt")
-    assert done.returncode == 0, done.stderr
-    flags = ("--gen_length", 8, "--block_length", 8, "--steps", 8, "--prompt", "hello")
-    done = run("generate.py", "--model", model, *flags)
-    assert done.returncode == 0, done.stderr
+
+    def run(script, *flags):
+        monkeypatch.setattr(sys, "argv", [script, "--model", str(model), *map(str, flags)])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+    run("pt.py", "--dataset", dataset_folder, "--output", tmp_path / "samples.pt")
+    assert (tmp_path / "samples.pt").exists()
+    run("generate.py", "--gen_length", 8, "--block_length", 8, "--steps", 8, "--prompt", "hello")
 
 
 def test_a_resume_point_that_is_code(forked, tmp_path, mark, record_property):
@@ -96,3 +101,16 @@ def test_a_resume_point_that_is_code(forked, tmp_path, mark, record_property):
         torch.save(Attack(mark), point / "manifest.json")
     done = forked(tmp_path / "run", RESUME=True)
     assert done.codes == [1] and "no resume point of out/run ö_logs is undamaged" in done.output
+
+
+def test_adapters_that_are_code(tmp_path, base, mark, monkeypatch, capsys, record_property):
+    record_property("fault", "hostile files")
+    config = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "base_model_name_or_path": str(base)}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        torch.save(Attack(mark), tmp_path / "adapter" / name)
+    flags = ("--model", base, "--prompt", "hello", "--adapter", tmp_path / "adapter")
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags)])
+    with pytest.raises(SystemExit, match="adapter cannot be used with this model"):
+        runpy.run_path(str(ROOT / "generate.py"), run_name="__main__")

@@ -9,8 +9,8 @@ import signal
 import pytest
 from outcome import check_finished, check_left
 
-# where a run is that is asked to stop, and its exit code then
-ASKED = {
+# where a run is when a signal stops it, and its exit code then
+STOPS = {
     "ablation_config": 75,
     "stepped 2": 75,
     "chunk .*resume_step0002.*/rank0": 75,
@@ -25,7 +25,7 @@ def pytest_generate_tests(metafunc):
     """The points of a run at which it is killed, as shares of its events, or as what is in the event's line."""
     if "point" in metafunc.fixturenames:
         full = metafunc.config.getoption("full")
-        one, two = (48, 12) if full else (4, 2)
+        one, two = (48, 12) if full else (8, 3)
         points = [("1 rank", (i + 0.5) / one, 0, True) for i in range(one)]
         points += [("2 ranks", (i + 0.5) / two, i % 2, i % 3 == 2) for i in range(two)]
         points += [(setup, place, 0, True) for place in RENAMES for setup in SETUPS][: None if full else 1]
@@ -61,8 +61,8 @@ def test_killed_and_resumed(forked, uninterrupted, tmp_path, record_property, se
 NUMBERS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
-@pytest.mark.parametrize("place, number", zip(ASKED, NUMBERS, strict=True))
-def test_asked_to_stop_and_resumed(forked, uninterrupted, tmp_path, record_property, place, number):
+@pytest.mark.parametrize("place, number", zip(STOPS, NUMBERS, strict=True))
+def test_stopped_and_resumed(forked, uninterrupted, tmp_path, record_property, place, number):
     """Before the first step it ends at once; in a step and while it saves, that is finished, and at most one step more.
 
     What happens under the launcher: test_launcher.py.
@@ -70,7 +70,7 @@ def test_asked_to_stop_and_resumed(forked, uninterrupted, tmp_path, record_prope
     record_property("fault", "stops at a chosen moment")
     reference = uninterrupted(**SETUPS["1 rank"])
     stopped = forked(tmp_path / "run", faults={"at": [place, number]})
-    assert stopped.codes == [ASKED[place]] and "Traceback" not in stopped.output, stopped.output
+    assert stopped.codes == [STOPS[place]] and "Traceback" not in stopped.output, stopped.output
     check_left(tmp_path / "run/out", reference / "out")
     if stopped.codes == [75]:
         assert not list((tmp_path / "run").rglob("*unfinished*"))

@@ -1,9 +1,13 @@
 """Stopping and dying under the real deepspeed launcher: its runner, its launch.py, and two ranks."""
 
 import os
+import re
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import pytest
@@ -18,7 +22,7 @@ class Job:
 
     def __init__(self, folder, base, pt_file, **changes):
         self.folder, self.output = folder, folder / "output"
-        knobs = TRAINING | KNOBS | {"MODEL": base, "PT_FILE": pt_file} | changes
+        knobs = TRAINING | KNOBS | {"MODEL_NAME": base, "DATA_PT": pt_file} | changes
         command, env = launcher_command(2, "train_fullseq.py", *arguments("train_fullseq.py", knobs))
         with open(self.output, "w") as out:
             start = {"cwd": folder, "env": env, "stdout": out, "stderr": out, "start_new_session": True}
@@ -35,6 +39,9 @@ class Job:
             time.sleep(0.05)
         self.launcher, *self.ranks = psutil.Process(self.runner.pid).children(recursive=True)
         assert len(self.ranks) == 2
+        (lock,) = self.folder.glob("out/*_logs/lock")
+        sharing = re.findall(rf"READ +(\d+) \S+:{lock.stat().st_ino} ", Path("/proc/locks").read_text())
+        assert sorted(map(int, sharing)) == sorted(rank.pid for rank in self.ranks)  # each, in case another one dies
 
     def ended(self, seconds):
         """Waits until the runner, the launcher and the ranks have ended. Returns the runner's exit code."""
@@ -61,75 +68,75 @@ def job(tmp_path, base, pt_file):
                 process.kill()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def reference(uninterrupted):
     return uninterrupted(ranks=2, script="train_fullseq.py", **KNOBS) / "out"
 
 
-def points(folder):
-    return [int(path.name[-4:]) for path in folder.glob("out/*_logs/resume_step????")]
+@dataclass
+class Fault:
+    """Something that ends a job: a signal that stops all ranks, SIGKILL to one of them, or SIGKILL to all processes."""
+
+    send: Callable[[Job], object]
+    code: int | None = None  # of `deepspeed`: that of the ranks if they end before it does; None: it varies
+    seconds: int = 40  # in which all processes must have ended
+    kind: str = "stops under the launcher"
+    every: int = 0  # RESUME_EVERY of the job
+    rank: int | None = None  # that is killed
 
 
-def resume(forked, folder, reference):
-    done = forked(folder, 2, "train_fullseq.py", **KNOBS, RESUME=True)
-    assert not any(done.codes), done.output
-    check_finished(folder / "out", reference)
-
-
-# who gets the signal, and the exit code of `deepspeed`: that of the ranks if they end before it does; None: it varies
-STOPS = {
-    "Ctrl-C": (lambda job: os.killpg(job.runner.pid, signal.SIGINT), None),
-    "SIGUSR1 to the ranks": (lambda job: [rank.send_signal(signal.SIGUSR1) for rank in job.ranks], 75),
-    "SIGTERM to the launcher": (lambda job: job.launcher.terminate(), 1),
-    "SIGTERM to the runner": (lambda job: job.runner.terminate(), -signal.SIGTERM),
-    "SIGTERM to a rank": (lambda job: job.ranks[1].terminate(), 75),
-    "SIGTERM to all": (lambda job: os.killpg(job.runner.pid, signal.SIGTERM), -signal.SIGTERM),
-    "SIGKILL to the runner": (lambda job: job.runner.kill(), -signal.SIGKILL),
-    "SIGKILL to the launcher": (lambda job: job.launcher.kill(), 0),
+DEATH = {"seconds": 60, "kind": "ranks killed under the launcher", "every": 2}
+END = {"seconds": 10, "kind": "kill points: all processes under the launcher", "every": 4}
+FAULTS = {
+    "Ctrl-C": Fault(lambda job: os.killpg(job.runner.pid, signal.SIGINT)),
+    "SIGUSR1 to the ranks": Fault(lambda job: [rank.send_signal(signal.SIGUSR1) for rank in job.ranks], 75),
+    "SIGTERM to the launcher": Fault(lambda job: job.launcher.terminate(), 1),
+    "SIGTERM to the runner": Fault(lambda job: job.runner.terminate(), -signal.SIGTERM),
+    "SIGTERM to a rank": Fault(lambda job: job.ranks[1].terminate(), 75),
+    "SIGTERM to all": Fault(lambda job: os.killpg(job.runner.pid, signal.SIGTERM), -signal.SIGTERM),
+    "SIGKILL to the runner": Fault(lambda job: job.runner.kill(), -signal.SIGKILL),
+    "SIGKILL to the launcher": Fault(lambda job: job.launcher.kill(), 0),
+    "SIGKILL to rank 0": Fault(lambda job: job.ranks[0].kill(), rank=0, **DEATH),
+    "SIGKILL to rank 1": Fault(lambda job: job.ranks[1].kill(), rank=1, **DEATH),
+    "SIGKILL to all": Fault(lambda job: os.killpg(job.runner.pid, signal.SIGKILL), -signal.SIGKILL, **END),
 }
+CHAINS = (  # what happens to one run, one after the other
+    ("SIGKILL to rank 1", "SIGKILL to all", "Ctrl-C"),
+    ("SIGUSR1 to the ranks", "SIGTERM to the launcher", "SIGKILL to the runner"),
+    ("SIGTERM to the runner", "SIGTERM to a rank", "SIGKILL to the launcher"),
+    ("SIGTERM to all", "SIGKILL to rank 0"),
+)
 
 
 def pytest_generate_tests(metafunc):
-    full = metafunc.config.getoption("full")
-    if "stop" in metafunc.fixturenames:
-        metafunc.parametrize("stop", STOPS if full else ["Ctrl-C"])
-    if "rank" in metafunc.fixturenames:
-        metafunc.parametrize("rank", [0, 1] if full else [1])
+    if "faults" in metafunc.fixturenames:
+        assert {fault for chain in CHAINS for fault in chain} == FAULTS.keys()
+        metafunc.parametrize("faults", CHAINS if metafunc.config.getoption("full") else CHAINS[:1], ids=" - ".join)
 
 
-def test_asked_to_stop(job, forked, reference, tmp_path, record_property, stop):
-    """The step is finished, a resume point is written by both ranks, and nobody is left."""
-    record_property("fault", "stops under the launcher")
-    send, code = STOPS[stop]
-    one = job()
-    one.wait_for_step(3)
-    send(one)
-    assert one.ended(40) == code or code is None, one.text()
-    (point,) = points(tmp_path)
-    assert f"stopped      as asked, after step {point}" in one.text() and point == len(losses(tmp_path / "out"))
-    assert point < 60 and "Traceback" not in one.text().split("runner.py")[0]
-    resume(forked, tmp_path, reference)
-
-
-def test_a_rank_that_dies_takes_the_run_down(job, forked, reference, tmp_path, record_property, rank):
-    record_property("fault", "ranks killed under the launcher")
-    one = job(RESUME_EVERY=2)
-    one.wait_for_step(5)
-    one.ranks[rank].kill()
-    assert one.ended(60) != 0
-    assert f"error: rank {rank} is gone" in one.text() and "Traceback" not in one.text()
-    assert points(tmp_path)
-    resume(forked, tmp_path, reference)
-
-
-def test_all_killed_and_resumed_by_the_launcher(job, reference, tmp_path, record_property):
-    record_property("fault", "kill points: all processes under the launcher")
-    one = job(RESUME_EVERY=4)
-    one.wait_for_step(10)
-    os.killpg(one.runner.pid, signal.SIGKILL)
-    one.ended(10)
-    again = job(RESUME_EVERY=4, RESUME=True)
-    again.wait_for_step(12)
-    assert again.ended(100) == 0, again.text()
-    assert "goes on after step" in again.text()
+def test_ended_and_resumed_by_the_launcher(job, forked, reference, tmp_path, record_property, faults):
+    """After each fault nobody is left, and there is a resume point; in the end, all is as in an uninterrupted run."""
+    last = done = 0  # resume point, and steps in the log
+    for name in faults:
+        fault = FAULTS[name]
+        record_property("fault", fault.kind)
+        one = job(RESUME_EVERY=fault.every, RESUME=last > 0)
+        one.wait_for_step(done + 5)
+        fault.send(one)
+        code, text = one.ended(fault.seconds), one.text()
+        assert code == fault.code or fault.code is None, text
+        assert not last or f"resumes after step {last}" in text
+        last, done = max(points(tmp_path)), len(losses(tmp_path / "out"))
+        assert done < 60
+        if fault.kind == Fault.kind:  # the step was finished, and both ranks have written a resume point
+            assert f"stopped      by a signal, after step {last}" in text and last == done
+            assert "Traceback" not in text.split("runner.py")[0]
+        elif fault.rank is not None:
+            assert code != 0 and f"error: rank {fault.rank} is gone" in text and "Traceback" not in text
+    resumed = forked(tmp_path, 2, "train_fullseq.py", **KNOBS, RESUME=True)
+    assert not any(resumed.codes), resumed.output
     check_finished(tmp_path / "out", reference)
+
+
+def points(folder):
+    return [int(path.name[-4:]) for path in folder.glob("out/*_logs/resume_step????")]

@@ -1,7 +1,7 @@
-"""A loss or a gradient that is no number never reaches the weights, and is named.
+"""A loss or a gradient that is NaN or infinite never reaches the weights, and is named.
 
-The fault is in the base: the embedding of one token is no number, so that every row with that token has a loss that is
-none.
+The fault is in the base: the embedding of one token is non-finite, so that every sample with that token has a
+non-finite loss.
 """
 
 import json
@@ -19,14 +19,14 @@ KNOBS = {"TOTAL_TRAIN_STEPS": 6, "SAVE_EVERY": 0}
 
 @pytest.fixture(scope="module")
 def token(pt_file):
-    """A token that no row has."""
-    used = {token for row in torch.load(pt_file, weights_only=True) for token in row["full_ids"].tolist()}
+    """A token that no sample has."""
+    used = {token for sample in torch.load(pt_file, weights_only=True) for token in sample["full_ids"].tolist()}
     return max(set(range(8, 400)) - used)
 
 
 @pytest.fixture
 def broken(base, tmp_path, pt_file, token):
-    """broken(value, rows) -> knobs of a base with that embedding of the token, and of data with it in these rows."""
+    """broken(value, numbers) -> knobs of a base with that embedding of the token, and of samples: these have it."""
 
     def make(value, numbers):
         shutil.copytree(base, tmp_path / "base")
@@ -35,11 +35,11 @@ def broken(base, tmp_path, pt_file, token):
             if "model.transformer.wte.weight" in tensors:
                 tensors["model.transformer.wte.weight"][token] = value
                 save_file(tensors, file, {"format": "pt"})
-        rows = torch.load(pt_file, weights_only=True)
+        samples = torch.load(pt_file, weights_only=True)
         for number in numbers:
-            rows[number]["full_ids"][0] = token
-        torch.save(rows, tmp_path / "rows.pt")
-        return KNOBS | {"MODEL": tmp_path / "base", "PT_FILE": tmp_path / "rows.pt"}
+            samples[number]["full_ids"][0] = token
+        torch.save(samples, tmp_path / "samples.pt")
+        return KNOBS | {"MODEL_NAME": tmp_path / "base", "DATA_PT": tmp_path / "samples.pt"}
 
     return make
 
@@ -50,8 +50,8 @@ def bad_steps(folder):
 
 
 @pytest.mark.parametrize("ranks, bf16, value", [(1, False, math.nan), (2, True, math.inf)])
-def test_a_bad_row_is_named_and_its_step_not_taken(forked, broken, tmp_path, record_property, ranks, bf16, value):
-    record_property("fault", "losses and gradients that are no numbers")
+def test_a_bad_sample_is_named_and_its_step_skipped(forked, broken, tmp_path, record_property, ranks, bf16, value):
+    record_property("fault", "non-finite losses and gradients")
     knobs = broken(value, [17]) | {"BF16": bf16, "TOTAL_TRAIN_STEPS": 12 // ranks}
     done = forked(tmp_path / "run", ranks, **knobs)
     assert not any(done.codes), done.output
@@ -82,7 +82,7 @@ def test_a_bad_row_is_named_and_its_step_not_taken(forked, broken, tmp_path, rec
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_too_many_in_a_row_stop_the_run(forked, broken, tmp_path, record_property, ranks):
-    record_property("fault", "losses and gradients that are no numbers")
+    record_property("fault", "non-finite losses and gradients")
     done = forked(tmp_path / "run", ranks, **broken(math.nan, range(53)), MAX_BAD_STEPS=2)
     assert done.codes == [1] * ranks and "2 bad steps in a row, see out/run ö_logs/bad_steps.jsonl" in done.output
     assert [(bad["step"], len(bad["rows"])) for bad in bad_steps(tmp_path / "run")] == [(1, 4 * ranks), (2, 4 * ranks)]
@@ -90,9 +90,9 @@ def test_too_many_in_a_row_stop_the_run(forked, broken, tmp_path, record_propert
     assert not list((tmp_path / "run/out").glob("*_step*")) and "Traceback" not in done.output
 
 
-def test_a_gradient_that_is_no_number_is_enough(forked, tmp_path, record_property):
-    """The adapters begin at 0, so that however much they count, the loss is that of the base; not so its gradient."""
-    record_property("fault", "losses and gradients that are no numbers")
+def test_a_non_finite_gradient_is_enough(forked, tmp_path, record_property):
+    """The adapters start at 0, so that however much they count, the loss is that of the base; not so its gradient."""
+    record_property("fault", "non-finite losses and gradients")
     done = forked(tmp_path / "run", 2, **KNOBS, LORA_ALPHA=10**38, MAX_BAD_STEPS=2)
     assert done.codes == [1, 1] and "2 bad steps in a row" in done.output
     assert all(map(math.isfinite, losses(tmp_path / "run/out"))) and len(losses(tmp_path / "run/out")) == 2
@@ -100,11 +100,11 @@ def test_a_gradient_that_is_no_number_is_enough(forked, tmp_path, record_propert
 
 
 def test_bad_steps_that_a_stop_lies_between_are_still_in_a_row(forked, broken, tmp_path, record_property):
-    record_property("fault", "losses and gradients that are no numbers")
+    record_property("fault", "non-finite losses and gradients")
     knobs = broken(math.nan, range(53)) | {"MAX_BAD_STEPS": 3}
     assert forked(tmp_path / "run", **knobs, faults={"at": ["step 2$", signal.SIGUSR1]}).codes == [75]
     done = forked(tmp_path / "run", **knobs, RESUME=True)
     assert done.codes == [1] and [bad["step"] for bad in bad_steps(tmp_path / "run")] == [1, 2, 3]
-    assert "goes on after step 3" in done.output  # that run had no other resume point
+    assert "resumes after step 3" in done.output  # that run had no other resume point
     done = forked(tmp_path / "run", **knobs | {"MAX_BAD_STEPS": 7}, RESUME=True)
     assert done.codes == [0] and [bad["step"] for bad in bad_steps(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]

@@ -1,21 +1,18 @@
-"""--RESUME=True where it cannot go on: one sentence that names the difference, and nothing is touched."""
+"""--RESUME=True where nothing can be resumed: one sentence that names the difference, and nothing is touched."""
 
 import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, TRAINING, arguments
+from conftest import locked
 from outcome import check_finished, results
 from safetensors.torch import load_file, save_file
 
-import files
-import log
-from cli import InputError
+from blockwise.cli import InputError
+from blockwise.run import run_folder
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +31,7 @@ def reference(uninterrupted):
 
 def pytest_generate_tests(metafunc):
     if "what" in metafunc.fixturenames:
-        sample = ("LR", "ranks", "rows", "model")
+        sample = ("LR", "ranks", "samples", "model")
         metafunc.parametrize("what", DIFFERENT if metafunc.config.getoption("full") else sample)
 
 
@@ -42,14 +39,13 @@ def snapshot(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def other_rows(folder, base, pt_file):
-    rows = torch.load(pt_file, weights_only=True)
-    rows[-1]["full_ids"][-1] = rows[-1]["full_ids"][-2]
-    torch.save(rows, folder / "other.pt")
-    shutil.copy(folder / "other.pt", pt_file)
+def other_samples(base, pt_file):
+    samples = torch.load(pt_file, weights_only=True)
+    samples[-1]["full_ids"][-1] = samples[-1]["full_ids"][-2]
+    torch.save(samples, pt_file)
 
 
-def other_base(folder, base, pt_file):
+def other_base(base, pt_file):
     file = sorted(base.glob("*.safetensors"))[-1]
     tensors = load_file(file)
     name = sorted(tensors)[-1]
@@ -57,7 +53,7 @@ def other_base(folder, base, pt_file):
     save_file(tensors, file, {"format": "pt"})
 
 
-def other_config(folder, base, pt_file):
+def other_config(base, pt_file):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 2e-5}))
 
@@ -72,24 +68,24 @@ DIFFERENT = {  # what is given, or done to copies of base and data, and what the
     "layers": ({"TARGET_MODS": '["q_proj"]'}, "TARGET_MODS was ['q_proj', 'k_proj'"),
     "ranks": ({"ranks": 2}, "ranks was 1, now it is 2"),
     "script": ({"script": "train_fullseq.py"}, "script was 'train_blockwise.py', now it is 'train_fullseq.py'"),
-    "rows": (other_rows, "the content of"),
+    "samples": (other_samples, "the content of"),
     "model": (other_base, "the content of"),
     "config": (other_config, "the content of"),
 }
 
 
-def test_another_run_is_not_continued(forked, stopped, base, pt_file, tmp_path, record_property, what):
+def test_another_run_is_not_resumed(forked, stopped, base, pt_file, tmp_path, record_property, what):
     record_property("fault", "resumes refused")
     change, said = DIFFERENT[what]
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder)
     if callable(change):  # what the run was started with has other content now
         shutil.copytree(base, tmp_path / "base")
-        shutil.copy(pt_file, tmp_path / "rows.pt")
+        shutil.copy(pt_file, tmp_path / "samples.pt")
         path = folder / "out/run ö_logs/ablation_config.json"
-        names = {"MODEL": str(tmp_path / "base"), "PT_FILE": str(tmp_path / "rows.pt")}
+        names = {"MODEL_NAME": str(tmp_path / "base"), "DATA_PT": str(tmp_path / "samples.pt")}
         path.write_text(json.dumps(json.loads(path.read_text()) | names))
-        change(tmp_path, tmp_path / "base", tmp_path / "rows.pt")
+        change(tmp_path / "base", tmp_path / "samples.pt")
         change = names
     before = snapshot(folder / "out")
     done = forked(folder, RESUME=True, **change)
@@ -107,7 +103,7 @@ def test_what_changes_no_number_may_change(forked, stopped, reference, tmp_path,
     check_finished(tmp_path / "run/out", reference / "out")
 
 
-def test_a_finished_run_is_not_begun_again(forked, reference, tmp_path, record_property):
+def test_a_finished_run_is_not_restarted(forked, reference, tmp_path, record_property):
     record_property("fault", "resumes refused")
     shutil.copytree(reference / "out", tmp_path / "run/out")
     before = snapshot(tmp_path / "run")
@@ -116,13 +112,14 @@ def test_a_finished_run_is_not_begun_again(forked, reference, tmp_path, record_p
     assert snapshot(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("first", [0, 1])
-def test_a_run_of_which_a_rank_is_alive_is_not_continued(forked, stopped, tmp_path, record_property, first):
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_run_of_which_a_process_is_alive_is_not_resumed(forked, stopped, tmp_path, record_property, shared):
+    """shared: it is a rank of the run, as all ranks share the lock; else it is the first one, before they do."""
     record_property("fault", "resumes refused")
     shutil.copytree(stopped, tmp_path / "run")
     before = snapshot(tmp_path / "run/out")
-    files.lock(tmp_path / "run/out/run ö_logs", first, parts=1)
-    done = forked(tmp_path / "run", RESUME=True)
+    with locked(tmp_path / "run/out/run ö_logs", shared):
+        done = forked(tmp_path / "run", RESUME=True)
     assert done.codes == [1] and "another run, or a process that it has left, works in out/run ö_logs" in done.output
     assert snapshot(tmp_path / "run/out") == before
 
@@ -144,11 +141,11 @@ def test_without_a_run_a_new_one_starts(forked, reference, tmp_path):
     check_finished(tmp_path / "run/out", reference / "out")
 
 
-def test_a_run_without_a_resume_point_begins_again_in_its_folder(forked, reference, tmp_path):
+def test_a_run_without_a_resume_point_restarts_in_its_folder(forked, reference, tmp_path):
     killed = forked(tmp_path / "run", faults={"at": ["step 2$", signal.SIGKILL]}, RESUME_EVERY=0)
     assert killed.codes == [-signal.SIGKILL] and (tmp_path / "run/out/run ö_logs/train_loss.csv").stat().st_size
     done = forked(tmp_path / "run", RESUME=True)
-    assert done.codes == [0] and "has no resume point yet: it begins at step 1" in done.output
+    assert done.codes == [0] and "has no resume point yet: it starts at step 1" in done.output
     check_finished(tmp_path / "run/out", reference / "out")
 
 
@@ -172,31 +169,34 @@ def test_killed_while_removing_its_last_resume_point(forked, reference, tmp_path
     check_finished(tmp_path / "run/out", reference / "out")
 
 
-def test_which_run_is_continued(tmp_path):
+def test_which_run_is_resumed(tmp_path):
     """The newest that is not finished; the folders of other names do not count."""
 
     def make(name, steps, finished):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / log.CONSTANTS).write_text(json.dumps({"derived": {"total_steps": steps}}))
+        (folder / run_folder.CONSTANTS).write_text(json.dumps({"derived": {"total_steps": steps}}))
         if finished:
             (tmp_path / name.replace("_logs", f"_step{steps:04d}")).mkdir()
 
-    start = str(tmp_path / "run (1)")
-    assert log.unfinished_run(start) is None
+    def found():
+        run = run_folder.run_to_resume(str(tmp_path / "run (1)"))
+        return run and (run.path, run.suffix)
+
+    assert found() is None
     make("run (1)_logs", 4, finished=False)
     make("run (1)_logs-v2", 4, finished=True)
     make("run (1)_logs-v10", 7, finished=False)
     make("run (1) b_logs-v11", 7, finished=False)
-    assert log.unfinished_run(start) == (tmp_path / "run (1)_logs-v10", "-v10")
+    assert found() == (tmp_path / "run (1)_logs-v10", "-v10")
     (tmp_path / "run (1)_step0007-v10").mkdir()
-    assert log.unfinished_run(start) == (tmp_path / "run (1)_logs", "")
+    assert found() == (tmp_path / "run (1)_logs", "")
     (tmp_path / "run (1)_logs-v10/resume_step0007").mkdir()  # killed before it could remove its last resume point
-    assert log.unfinished_run(start) == (tmp_path / "run (1)_logs-v10", "-v10")
+    assert found() == (tmp_path / "run (1)_logs-v10", "-v10")
     shutil.rmtree(tmp_path / "run (1)_logs-v10/resume_step0007")
     (tmp_path / "run (1)_step0004").mkdir()
     with pytest.raises(InputError, match="_logs-v10 is finished"):
-        log.unfinished_run(start)
+        found()
 
 
 def test_machines_that_do_not_share_the_folder(forked, tmp_path, record_property):
@@ -207,18 +207,11 @@ def test_machines_that_do_not_share_the_folder(forked, tmp_path, record_property
     assert not list((tmp_path / "run/out").glob("*_step*")) and not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_two_runs_started_together_do_not_mix(base, pt_file, reference, tmp_path, record_property):
+def test_two_runs_started_together_do_not_mix(forked, reference, tmp_path, record_property):
     """In one folder, with the same CKPT_DIR: each has folders of its own, with the results of a run alone."""
     record_property("fault", "runs started together")
-    argv = arguments("train_blockwise.py", TRAINING | {"MODEL": base, "PT_FILE": pt_file})
-    request = {"script": "train_blockwise.py", "argv": argv, "ranks": 1, "cwd": str(tmp_path), "faults": {}}
-    command = [sys.executable, ROOT / "tests/faults/server.py"]
-    servers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    for i, server in enumerate(servers):
-        server.stdin.write(json.dumps(request | {"output": str(tmp_path / f"output{i}")}) + "\n")
-        server.stdin.flush()
-    codes = [json.loads(server.communicate()[0])["codes"] for server in servers]
-    assert codes == [[0], [0]], [(tmp_path / f"output{i}").read_text() for i in range(2)]
+    done = forked(tmp_path / "run", runs=2)
+    assert done.codes == [0, 0], done.output
     alone = results(reference / "out")
     second = {re.sub(r"(_logs|_step\d{4})/", r"\1-v2/", name): content for name, content in alone.items()}
-    assert results(tmp_path / "out") == alone | second and len(second) == len(alone)
+    assert results(tmp_path / "run/out") == alone | second and len(second) == len(alone)

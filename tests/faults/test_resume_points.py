@@ -71,7 +71,7 @@ DAMAGES = {
     "manifest without files": lambda point: sealed(point, files={}),
     "wrong hash": lambda point: sealed(point, files={"rank0.safetensors": {"bytes": 1, "sha256": "0" * 64}}),
     "tensors of another run": halved,
-    "a pickle in place of tensors": lambda point: pickled(point / "rank0.safetensors"),
+    "a pickle instead of tensors": lambda point: pickled(point / "rank0.safetensors"),
     "empty folder": lambda point: [file.unlink() for file in point.iterdir()],
     "ranks swapped": lambda point: (point / "rank0.safetensors").replace(point / "rank1.safetensors"),
 }
@@ -95,7 +95,7 @@ def test_the_point_before_is_used(forked, uninterrupted, stopped, tmp_path, reco
     DAMAGES[damage](point)
     done = forked(tmp_path / "run", RANKS, RESUME=True)
     assert not any(done.codes), done.output
-    assert done.output.count("resume_step0003 is damaged: ") == 1 and "goes on after step 2" in done.output
+    assert done.output.count("resume_step0003 is damaged: ") == 1 and "resumes after step 2" in done.output
     check_finished(tmp_path / "run/out", uninterrupted(ranks=RANKS) / "out")
     assert not list(tmp_path.rglob("executed"))
 

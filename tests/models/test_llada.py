@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import llada
-from cli import InputError
+from blockwise.cli import InputError
+from blockwise.models import hub, llada
 
 # config.json of GSAI-ML/LLaDA-8B-Instruct, with what its modelling code reads
 HUB_8B = {
@@ -421,7 +421,7 @@ def test_missing_tensor(damaged):
 
 
 def test_missing_head_is_not_taken_for_tied(damaged):
-    """Without this transformers would go on with a random head."""
+    """Without this transformers would continue with a random head."""
     head = "model.transformer.ff_out.weight"
     edit_shard(damaged, head, lambda tensors: tensors.pop(head))
     assert f"{head} is missing" in refusal(damaged)
@@ -512,7 +512,7 @@ def test_index_without_sizes(damaged):
         assert str(file) in str(error)
 
 
-def test_a_single_file_beside_the_shards_is_not_loaded_unseen(damaged):
+def test_a_single_file_besides_the_shards_is_not_loaded_unseen(damaged):
     """Of two sets of weights in a folder, the one that was checked is the one that is loaded; or both are refused."""
     zeros = {name: torch.zeros_like(tensor) for name, tensor in hub_tensors(damaged).items()}
     weight = hub_tensors(damaged)[UP]
@@ -592,11 +592,11 @@ def test_impossible_size(damaged, key, value):
 LOAD_ALL = """
 import sys
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-import llada
+from blockwise.models import hub, llada
 
 for folder in sys.argv[1:]:
     print(type(AutoConfig.from_pretrained(folder)).__name__)
-    print(len(AutoTokenizer.from_pretrained(folder)), len(llada.load_tokenizer(folder)))
+    print(len(AutoTokenizer.from_pretrained(folder)), len(hub.load_tokenizer(folder)))
     print(type(AutoModelForCausalLM.from_pretrained(folder, dtype="auto")).__name__)
     print(type(llada.load_model(folder)).__name__)
 print(*[name for name in sys.modules if "_llada" in name])
@@ -631,7 +631,7 @@ def test_load_tokenizer_takes_any_model_type_and_no_code(damaged, tmp_path, monk
     for module in ("configuration_other", "tokenization_other"):
         (damaged / f"{module}.py").write_text(text)
     edit_config(damaged, model_type="other", auto_map={"AutoConfig": "configuration_other.OtherConfig"})
-    assert len(llada.load_tokenizer(damaged)) == 400
+    assert len(hub.load_tokenizer(damaged)) == 400
 
     file = damaged / "tokenizer_config.json"
     asks = {
@@ -640,7 +640,7 @@ def test_load_tokenizer_takes_any_model_type_and_no_code(damaged, tmp_path, monk
     }
     file.write_text(json.dumps(json.loads(file.read_text()) | asks))
     with pytest.raises(InputError, match="damaged"):
-        llada.load_tokenizer(damaged)
+        hub.load_tokenizer(damaged)
     assert not questions
     assert not (tmp_path / "it ran").exists()
 
@@ -651,8 +651,8 @@ def test_registered_for_the_auto_classes(base):
 
 
 def test_local_folder_is_used_as_it_is(base):
-    assert llada.local_folder(str(base)) == base
-    assert llada.local_folder(base) == base
+    assert hub.local_folder(str(base)) == base
+    assert hub.local_folder(base) == base
 
 
 @pytest.mark.parametrize(
@@ -660,7 +660,7 @@ def test_local_folder_is_used_as_it_is(base):
 )
 def test_neither_folder_nor_hub_model(name, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    for load in (llada.local_folder, llada.load_tokenizer):
+    for load in (hub.local_folder, hub.load_tokenizer):
         with pytest.raises(InputError) as error:
             load(name)
         assert name in str(error.value)
@@ -670,11 +670,11 @@ def test_neither_folder_nor_hub_model(name, monkeypatch):
 def test_a_file_is_no_model_folder(base, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"config\.json"):
-        llada.local_folder(str(base / "config.json"))
+        hub.local_folder(str(base / "config.json"))
 
 
 def test_weight_files_are_in_the_order_of_their_names(base):
-    names = [file.name for file in llada.weight_files(base)]
+    names = [file.name for file in hub.weight_files(base)]
     assert names == [f"model-0000{i}-of-00005.safetensors" for i in range(1, 6)]
-    with safe_open(llada.weight_files(base)[0], "pt") as tensors:
+    with safe_open(hub.weight_files(base)[0], "pt") as tensors:
         assert all(name.startswith("model.transformer.") for name in tensors.keys())  # noqa: SIM118

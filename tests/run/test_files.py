@@ -1,7 +1,5 @@
-"""Files that are there whole or not at all, on a disk with room for a part of them."""
+"""Files that exist whole or not at all, on a disk with room for a part of them; locks of folders."""
 
-import errno
-import os
 import resource
 import signal
 import subprocess
@@ -9,8 +7,8 @@ import subprocess
 import pytest
 from conftest import locked
 
-import files
-from cli import InputError
+from blockwise.cli import InputError
+from blockwise.run import files
 
 
 @pytest.fixture
@@ -34,23 +32,13 @@ def test_append_adds_all_or_nothing(tmp_path, small_disk):
 
 
 def test_replace_leaves_the_old_file_and_no_other(tmp_path, small_disk):
-    path = tmp_path / "rows.pt"
+    path = tmp_path / "samples.pt"
     files.replace(path, b"old")
     with pytest.raises(OSError):
         files.replace(path, b"x" * 101)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
     files.replace(path, "new ö")
     assert path.read_text() == "new ö" and list(tmp_path.iterdir()) == [path]
-
-
-def test_what_the_disk_gives_back_is_compared(tmp_path, monkeypatch):
-    """A disk that loses bits; the file is not put in place of the old one."""
-    path, pread = tmp_path / "rows.pt", os.pread
-    files.replace(path, "old")
-    monkeypatch.setattr(os, "pread", lambda *args: pread(*args)[:-1] + b"?")
-    with pytest.raises(OSError) as error:
-        files.replace(path, "new")
-    assert error.value.errno == errno.EIO and path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_manifest_notices_every_change_of_itself_and_of_files(tmp_path):
@@ -71,16 +59,24 @@ def test_a_manifest_notices_every_change_of_itself_and_of_files(tmp_path):
             files.check(tmp_path, "data", manifest)
 
 
-def test_a_lock_keeps_other_processes_out_part_by_part(tmp_path):
+def test_a_lock_keeps_other_processes_out(tmp_path):
     with locked(tmp_path):
-        for parts in (0, 1):
+        for shared in (False, True):
             with pytest.raises(InputError, match="another run, or a process that it has left, works in"):
-                files.lock(tmp_path, 0, parts)
+                files.lock(tmp_path, shared)
     files.lock(tmp_path)  # as that process has ended
-    files.unlock(tmp_path, 2)
-    with locked(tmp_path, first=2, parts=1):  # another rank
-        files.lock(tmp_path, first=3, parts=1)
+    with pytest.raises(subprocess.CalledProcessError), locked(tmp_path, shared=True):
+        pass
+
+
+def test_a_shared_lock_lets_other_ranks_in_and_keeps_other_runs_out(tmp_path):
+    """As the first rank does it: it locks the folder for itself, then shares that lock with the ranks of its run."""
+    files.lock(tmp_path)
+    files.lock(tmp_path, shared=True)
+    with locked(tmp_path, shared=True):  # another rank
         with pytest.raises(InputError):
             files.lock(tmp_path)
-    with pytest.raises(subprocess.CalledProcessError), locked(tmp_path, first=1):
-        pass
+        files.lock(tmp_path, shared=True)  # a refusal takes nothing away
+        with pytest.raises(subprocess.CalledProcessError), locked(tmp_path):  # another run
+            pass
+    files.lock(tmp_path)  # as the other rank has ended

@@ -1,5 +1,6 @@
-"""What the watching thread does, with a process in place of the other rank. Under the launcher: tests/faults."""
+"""What the watching thread does, with a process instead of the other rank. Under the launcher: tests/faults."""
 
+import os
 import subprocess
 import sys
 import time
@@ -10,15 +11,14 @@ from conftest import ROOT
 SCRIPT = """
 import os, signal, subprocess, sys, time
 from types import SimpleNamespace
-sys.path.insert(0, sys.argv[1])
-import watch
-watch.GRACE = 1
+from blockwise.run import signals
+signals.GRACE = 1
 other = subprocess.Popen(["sleep", "20"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-place = SimpleNamespace(rank=0, local_rank=0, local_world=2, on_all_ranks=lambda function: [function(), other.pid])
+ranks = SimpleNamespace(rank=0, local_rank=0, local_world_size=2, on_all_ranks=lambda function: [function(), other.pid])
 try:
-    with watch.Watch(place, watch.launchers()) as it:
+    with signals.Watch(ranks, signals.launchers()) as it:
         it.patience = 2  # as under DeepSpeed's launcher
-        exec(sys.argv[2])
+        exec(sys.argv[1])
     print("stop", it.stop, signal.getsignal(signal.SIGTERM).name)
 finally:
     other.kill()
@@ -26,9 +26,14 @@ finally:
 SEND = "os.kill(os.getpid(), signal.{}); "
 
 
+def python(script, *args):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", script, *args], env=env, capture_output=True, text=True, timeout=60)
+
+
 def watched(code):
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", SCRIPT, ROOT, code], capture_output=True, text=True, timeout=60)
+    done = python(SCRIPT, code)
     return done, time.monotonic() - began
 
 
@@ -43,10 +48,10 @@ WAITS, FAILS = "other.kill(); time.sleep(50)", "other.kill(); other.wait(); rais
 
 @pytest.mark.parametrize("code", [WAITS, FAILS])
 def test_without_the_other_rank_the_process_ends_and_says_so(code):
-    """Both where the main thread waits for ever, as in NCCL, and where it gets an error, as in gloo."""
+    """Both where the main thread waits forever, as in NCCL, and where it gets an error, as in gloo."""
     done, seconds = watched(code)
     assert done.returncode == 1 and seconds < 20
-    assert done.stderr.strip() == "error: rank 1 is gone. The same command with --RESUME=True goes on."
+    assert done.stderr.strip() == "error: rank 1 is gone. The same command with --RESUME=True resumes the run."
 
 
 def test_an_error_of_this_rank_itself_is_not_blamed_on_others():
@@ -69,13 +74,12 @@ def test_saving_and_other_signals_have_no_limit(name, before):
 ALONE = """
 import os, signal, sys, time
 from types import SimpleNamespace
-sys.path.insert(0, sys.argv[1])
-import watch
-watch.end_at_once()
-if sys.argv[3] == "after":
-    with watch.Watch(SimpleNamespace(rank=0, local_rank=0, local_world=1, on_all_ranks=lambda pid: [pid()]), []):
+from blockwise.run import signals
+signals.end_at_once()
+if sys.argv[2] == "after":
+    with signals.Watch(SimpleNamespace(rank=0, local_rank=0, local_world_size=1, on_all_ranks=lambda pid: [pid()]), []):
         pass
-os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+os.kill(os.getpid(), getattr(signal, sys.argv[1]))
 time.sleep(5)
 """
 
@@ -84,5 +88,5 @@ time.sleep(5)
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_before_and_after_the_watch_a_signal_ends_with_the_code_of_stopping(name, when):
     """Slurm ends the ranks that are left when the first has ended, and a job script looks at the highest code."""
-    done = subprocess.run([sys.executable, "-c", ALONE, ROOT, name, when], capture_output=True, text=True, timeout=60)
+    done = python(ALONE, name, when)
     assert done.returncode == 75 and not done.stderr
