@@ -2,8 +2,8 @@
 
     python -m blockwise.compare --checkpoint ckpts_stagewise_sft_32_step0025 --data MathQA_256.pt
 
-The adapters are those in the checkpoint's folder adapter/, the base is the one that they name. A training prints the
-same line for its last checkpoint.
+The adapters are those in the checkpoint's folder adapter/, the base is the one that they name. A training prints such
+a line for its last checkpoint, but in its own precision, and with samples that are padded to MAX_LEN.
 """
 
 import argparse

@@ -66,7 +66,7 @@ UNREADABLE += (RuntimeError, LookupError, TypeError, ValueError)
 def read_pt(path: str | Path) -> list:
     """The list in a .pt file, read without running any code from it. Raises InputError."""
     if not Path(path).is_file():
-        raise InputError(f"{path} does not exist; write it with pt.py, or name another with --DATA_PT=...")
+        raise InputError(f"{path} does not exist; write it with pt.py, or name another file.")
     damaged = f"{path} is truncated, damaged or was not written by pt.py; write it anew."
     try:
         with zipfile.ZipFile(path) as file:  # torch.save writes a zip, but torch.load does not look at its checksums

@@ -26,11 +26,23 @@ settings.register_profile("full", settings.get_profile("default"), max_examples=
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="all faults of tests/faults, and more random examples")
+    parser.addoption("--full", action="store_true", help="all tests, all faults of tests/faults, more random examples")
 
 
 def pytest_configure(config):
     settings.load_profile("full" if config.getoption("full") else "default")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """The packages of requirements-lm-eval.txt are there with --full only."""
+    return True if collection_path.name == "test_lm_eval.py" and not config.getoption("full") else None
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without --full, tests that are marked so are left out."""
+    if not config.getoption("full"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -126,7 +138,7 @@ def call(request, monkeypatch, capsys):
     """
     from blockwise import cli
 
-    name = request.module.__name__.removeprefix("test_")
+    name = getattr(request.module, "SCRIPT", request.module.__name__.removeprefix("test_"))
     script = importlib.import_module(name)
 
     def call(*flags):

@@ -136,6 +136,7 @@ def results(module, monkeypatch, capsys, *flags):
     return out, json.loads(out.splitlines()[-1])
 
 
+@pytest.mark.full
 def test_rows(monkeypatch, capsys, tmp_path, base):
     lines = [json.dumps({"question": row["query"], "answer": row["response"]}) for row in problems(300, 3)]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
@@ -153,6 +154,7 @@ def test_rows_that_differ_are_noticed(tmp_path):
         bench_data.check_same(tmp_path)
 
 
+@pytest.mark.full
 def test_merge(monkeypatch, capsys):
     small = ("--gigabytes", 0.005, "--d_model", 64, "--vocab_size", 1000, "--repeats", 1)
     _, found = results(bench_merge, monkeypatch, capsys, *small)
@@ -171,6 +173,7 @@ def test_train_and_decode(monkeypatch, capsys):
     assert found["variants"]["exact, one by one"]["same_tokens"] == 1.0
 
 
+@pytest.mark.full
 def test_growth(monkeypatch, capsys):
     monkeypatch.setattr(bench_growth, "SWEEPS", {"rank": (4, 8)})
     monkeypatch.setattr(common, "own_process", lambda *args, **changes: {"seconds": [changes["rank"]], "mb": 1.0})

@@ -10,13 +10,11 @@ import pytest
 import torch
 from conftest import ROOT, problems
 
+from adapters import lm_eval_llada
 from blockwise.cli import InputError
 from blockwise.decoding import decode
 from blockwise.decoding.settings import Settings
 from blockwise.prompts import prompt_ids
-
-pytest.importorskip("lm_eval", reason="needs requirements-lm-eval.txt, which test.sh installs")
-from adapters import lm_eval_llada  # noqa: E402
 
 
 @pytest.fixture(scope="module")
