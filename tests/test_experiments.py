@@ -43,6 +43,7 @@ def test_every_claim_has_settings_that_differ():
         assert len({repr((s.script, s.knobs, s.decoding)) for s in settings}) == len(settings)
 
 
+@pytest.mark.full
 def test_a_smoke_run_its_continuation_and_its_report(tmp_path):
     results, output = tmp_path / "results.csv", tmp_path / "report"
     command = ("experiments.run", "C1", "K1", "--seeds", 1, "--smoke", "--results", results)

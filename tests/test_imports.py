@@ -143,12 +143,12 @@ AUTO = "from transformers import AutoModelForCausalLM"
     [
         f"import blockwise\n{AUTO}",
         f"{AUTO}\nimport blockwise",
-        f"import transformers\nimport blockwise\n{AUTO}",
-        f"import blockwise\nimport transformers.models.llama\n{AUTO}",
-        f"import blockwise\nimport peft\n{AUTO}",
+        pytest.param(f"import transformers\nimport blockwise\n{AUTO}", marks=pytest.mark.full),
+        pytest.param(f"import blockwise\nimport transformers.models.llama\n{AUTO}", marks=pytest.mark.full),
+        pytest.param(f"import blockwise\nimport peft\n{AUTO}", marks=pytest.mark.full),
         f"import blockwise.cli\n{AUTO}",
         f"import blockwise\nfrom importlib.util import find_spec\nassert find_spec('transformers')\n{AUTO}",
-        f"import blockwise\nimport accelerate\nimport datasets\n{AUTO}",
+        pytest.param(f"import blockwise\nimport accelerate\nimport datasets\n{AUTO}", marks=pytest.mark.full),
     ],
 )
 def test_importing_blockwise_registers_llada(base, tmp_path, code):
