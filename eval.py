@@ -98,7 +98,12 @@ def main():
 
 def label(name: str, adapter: str | None) -> str:
     """The name of a model's results: that of its folder, and of the adapters on it."""
-    return "+".join([Path(name).name, *(["-".join(Path(adapter).absolute().parts[-2:])] if adapter else [])])
+    return "+".join(
+        [
+            Path(name).name or Path(name).resolve().name,
+            *(["-".join(Path(adapter).absolute().parts[-2:])] if adapter else []),
+        ]
+    )
 
 
 def load_problems(args: argparse.Namespace) -> list[dict[str, str]]:
@@ -194,9 +199,8 @@ def description(name: str, problems: list, prompts: list, args: argparse.Namespa
     """
     from blockwise.models import hub
 
-    shards = hub.weight_files(hub.local_folder(name))
-    shards += hub.adapter_files(args.adapter) if args.adapter else []
-    weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in shards]
+    weights = [hub.fingerprint(hub.local_folder(name))]
+    weights += [files.sha256(file) for file in hub.adapter_files(args.adapter)] if args.adapter else []
     digest = hashlib.sha256(json.dumps([problems, prompts]).encode()).hexdigest()
     more = {key: getattr(args, key) for key in ("task", "batch_size", "dtype", "seed", "adapter")}
     return {"model": name, "weights": weights, "problems": len(problems), "sha256": digest} | more | asdict(settings)
@@ -212,15 +216,17 @@ def prepare(folder: Path, wanted: dict) -> None:
             if not path.exists():  # another run may have had the lock until now
                 files.replace(path, json.dumps(wanted, indent=2) + "\n")
     try:
-        there = json.loads(path.read_text())
-        different = [key for key in wanted if there.get(key) != wanted[key]]
+        before = json.loads(path.read_text())
+        different = [key for key in wanted if before.get(key) != wanted[key]]
     except (OSError, ValueError, AttributeError):
         raise InputError(f"{path} cannot be read; remove {folder}, or name another --output.") from None
     if different:
         key = different[0]
+        change = f"{key} was {before.get(key)!r}, now it is {wanted[key]!r}"
+        if key == "weights":
+            change = f"the content of {wanted['model']} or of its adapters has changed"
         raise InputError(
-            f"{folder} holds the results of another run: {key} was {there.get(key)!r}, now it is {wanted[key]!r}. "
-            f"Name another --output, or remove that folder."
+            f"{folder} holds the results of another run: {change}. Name another --output, or remove that folder."
         )
 
 

@@ -39,6 +39,8 @@ def main():
     if args.output:
         check_output(Path(args.output))
     texts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts)
+    if not texts[0].strip():
+        raise InputError("--prompt is empty.")
     import torch  # only now: a mistyped flag is reported without waiting for it
 
     from blockwise.decoding import decode
@@ -79,8 +81,6 @@ def read_prompts(path: str) -> list[str]:
 
 def encode(tokenizer, text: str, raw: bool) -> list[int]:
     """A prompt as ids: as the user's message of a conversation, or raw."""
-    if not text.strip():
-        raise InputError("--prompt is empty.")
     if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python keeps other bytes of a command line
         raise InputError("--prompt is not in UTF-8.")
     if raw:

@@ -29,12 +29,12 @@ class Batch:
     input_ids: Tensor  # (G, L) int64, padded on the right
     prompt_len: Tensor  # (G,) where the answer starts
     length: Tensor  # (G,) where it ends
-    block: Tensor  # (G,) the block to train, from 0; without blocks: a number for each epoch
+    block: Tensor  # (G,) the block to train, from 0; without blocks: another number in each epoch
 
 
 @dataclass
 class Noised:
-    """A global batch as the model sees it, with all that the loss needs. L' is L, or what the objective wants."""
+    """A global batch as the model sees it, with all that the loss needs. L' is L, or longer."""
 
     input_ids: Tensor  # (G, L')
     supervised: Tensor  # (G, L') bool: where there are logits
@@ -42,6 +42,13 @@ class Noised:
     weights: Tensor  # (G, L') float, of any sign: what a position counts in the global batch's loss
     extra: dict[str, Tensor] = field(default_factory=dict)  # (G, ...) more for the loss
     model_args: dict[str, Tensor] = field(default_factory=dict)  # (G, ...) more for the model
+
+    def __post_init__(self):
+        shapes = {tensor.shape for tensor in (self.input_ids, self.supervised, self.targets, self.weights)}
+        if len(shapes) > 1 or self.supervised.dtype != torch.bool:
+            raise ValueError(
+                f"tensors of one shape are needed, and supervised as bool: {shapes}, {self.supervised.dtype}"
+            )
 
     def rows(self, some: slice) -> "Noised":
         """Some samples, such as a micro-batch."""
@@ -92,7 +99,10 @@ def blockwise_masks(
 def full_sequence_masks(
     prompt_len: Tensor, length: Tensor, max_len: int, *, mask_prob_eps: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The baseline: every answer token is masked with probability p, and supervised if it is. Returns the same."""
+    """The baseline: every answer token is masked with probability p, and supervised if it is.
+
+    Returns masked, supervised, p as blockwise_masks does.
+    """
     return blockwise_masks(
         prompt_len, length, torch.zeros_like(prompt_len), max_len, block_size=max_len, mask_prob_eps=mask_prob_eps,
         prefix_mask_rate=0.0, suffix_mask_prob=0.0, generator=generator,

@@ -3,7 +3,7 @@
     deepspeed --num_gpus 8 train_fullseq.py [--NAME=value ...]
 
 The constants below are the knobs; edit them here or override them on the command line. masking.py has the method;
-which are supervised is in masking.py; all that both trainers have in common is in blockwise/trainer.py.
+what both trainers have in common is in blockwise/trainer.py.
 """
 
 import sys

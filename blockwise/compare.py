@@ -8,6 +8,7 @@ a line for its last checkpoint, but in its own precision, and with samples that 
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 
 from blockwise.cli import InputError, run_script
 
@@ -21,9 +22,8 @@ def main():
     parser.add_argument("--base", help="folder or hub id, if the one that the adapters name has moved")
     args = parser.parse_args()
     import torch  # only now: a mistyped flag is reported without waiting for it
-    from torch.nn.utils.rnn import pad_sequence
 
-    from blockwise.data import read_pt, sample_problem
+    from blockwise.data import make_samples, read_pt
     from blockwise.models import checkpoint, hub, llada
     from blockwise.run.ranks import Ranks
 
@@ -32,19 +32,18 @@ def main():
         raise InputError(
             f"--checkpoint {args.checkpoint} has no folder {checkpoint.ADAPTER}/, so nothing to compare with."
         )
-    data = read_pt(args.data)[:SAMPLES]
+    data = read_pt(args.data)
     base = hub.local_folder(args.base or checkpoint.adapter_config(adapter).base_model_name_or_path)
     model = llada.load_model(base, torch.float32, Ranks.from_environment().device)
-    for number, sample in enumerate(data):
-        if problem := sample_problem(sample, model.config.max_position_embeddings):
-            raise InputError(f"{args.data}: sample {number} {problem}")
-    ids = pad_sequence(
-        [sample["full_ids"] for sample in data], batch_first=True, padding_value=model.config.pad_token_id
-    )
-    lengths = torch.tensor([(sample["prompt_len"], len(sample["full_ids"])) for sample in data]).to(model.device)
-    mask_id = model.config.mask_token_id
+    config, mask_id = model.config, model.config.mask_token_id
+    if mask_id is None or config.pad_token_id is None:
+        raise InputError(f"{base}/config.json lacks mask_token_id or pad_token_id.")
+    form = {"MAX_LEN": config.max_position_embeddings, "MAX_SAMPLES": SAMPLES, "MASK_ID": mask_id, "EOS_TAIL": False}
+    samples = make_samples(data, SimpleNamespace(DATA_PT=args.data, **form), config).to(model.device)
+    ids = samples.ids[:, : int(samples.length.max())].long()  # without the padding that all have
     model = checkpoint.load_adapter(model, adapter).eval()
-    print(checkpoint.logit_gap(model, base, Path(args.checkpoint), ids.to(model.device), *lengths.T, mask_id))
+    lengths = samples.prompt_len, samples.length
+    print(checkpoint.logit_gap(model, base, Path(args.checkpoint), ids, *lengths, mask_id))
 
 
 if __name__ == "__main__":

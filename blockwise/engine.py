@@ -70,7 +70,7 @@ def lora_model(folder: Path, knobs: SimpleNamespace, ranks: Ranks) -> PeftModel:
 
 
 def compile_layers(model: torch.nn.Module) -> None:
-    """Lets torch compile each decoder layer at its first call: one graph serves all, and shapes never change."""
+    """Lets torch compile each decoder layer at its first call; previews have other shapes and compile again."""
     for module in model.modules():
         if isinstance(module, LlamaDecoderLayer):
             module.compile()

@@ -92,8 +92,7 @@ def suggestion(name: str, described: dict[str, Knob]) -> str:
     if name in RENAMED:
         return f" It is called --{RENAMED[name]} now."
     close = difflib.get_close_matches(name.upper(), described, n=1)
-    meant = f" Did you mean --{close[0]}=...?" if close else ""
-    return f"{meant} The knobs are: {', '.join(described)}."
+    return f" Did you mean --{close[0]}=...?" if close else f" The knobs are: {', '.join(described)}."
 
 
 def parse(name: str, text: str, default, values: Range):
@@ -137,26 +136,33 @@ def describe(file: str | Path) -> dict[str, Knob]:
         if not (isinstance(target, ast.Name) and target.id.isupper() and isinstance(node, ast.Assign | ast.AnnAssign)):
             continue
         headings = [text for line, text in comments.items() if line < node.lineno and text.startswith("# ---")]
-        section = headings[-1].strip("# -") if headings else ""
-        comment = comments.get(node.end_lineno, "").removeprefix("# ")
-        found[target.id] = Knob(range_of(getattr(node, "annotation", None)), comment, section)
+        values = range_of(getattr(node, "annotation", None), f"{file}, line {node.lineno}")
+        section = headings[-1].strip("# -") if headings else "knobs of this script"
+        knob = Knob(values, comments.get(node.end_lineno, "").removeprefix("# "), section)
+        before = found.get(target.id, knob)  # of a module whose knob the script sets anew
+        values, comment = before.values if knob.values == ANYTHING else knob.values, knob.comment or before.comment
+        found[target.id] = Knob(values, comment, before.section)
     return found
 
 
-def range_of(annotation: ast.expr | None) -> Range:
-    """The Range that the annotation of a constant stands for."""
+def range_of(annotation: ast.expr | None, where: str) -> Range:
+    """The Range that the annotation of a constant stands for. Raises InputError if it cannot be read."""
     if not isinstance(annotation, ast.Call):  # there is none, or it is a plain type
         return ANYTHING
     makers = {"at_least": at_least, "between": between, "one_of": one_of}
-    return makers[annotation.func.id](*map(ast.literal_eval, annotation.args))
+    try:
+        return makers[annotation.func.id](*map(ast.literal_eval, annotation.args))
+    except (KeyError, ValueError, TypeError, AttributeError):
+        said = ast.unparse(annotation)
+        raise InputError(f"{where}: {said} must be {', '.join(makers)} with numbers or texts written out.") from None
 
 
 def print_help(script: dict, described: dict[str, Knob]) -> None:
     """Prints what the script does and its knobs, once for all ranks, and ends the process."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(script["__doc__"].strip())
-        section = None
-        for name, knob in described.items():
+        section, sections = None, list(dict.fromkeys(knob.section for knob in described.values()))
+        for name, knob in sorted(described.items(), key=lambda item: sections.index(item[1].section)):
             if knob.section != section:
                 section = knob.section
                 print(f"\n{section}")

@@ -1,7 +1,7 @@
 """The training that all objectives share: one optimizer step, the loop around it, checkpoints.
 
-An objective is a `noise` and a `loss`, which a script passes to `train`. What could make a comparison of objectives
-unfair is here. Letters in shapes: see masking.py; N samples of the data.
+An objective is a `noise` and a `loss`, which a script passes to `train`; all else is the same for all objectives.
+Letters in shapes: see masking.py; N samples of the data.
 Every random number of a step comes from (SEED, step), dropout's also from the rank. Each rank makes the noise of the
 whole global batch and trains on its rows of it, so a batch has the same masks for any number of ranks.
 """
@@ -35,7 +35,7 @@ from blockwise.run.run_folder import RunFolder, Status, new_run, run_to_resume
 # ---------------------------------------------------------------- one optimizer step
 
 
-def train_step(run: "Run", step: int, should_stop: Callable[[], bool] = lambda: False) -> "Step":
+def train_step(run: "Run", step: int, should_stop: Callable[[], object] = lambda: None) -> "Step":
     """One optimizer step over global batch number `step`, from 1. should_stop: whether this rank got a signal."""
     knobs, ranks, engine = run.knobs, run.ranks, run.engine
     samples, noised = global_batch(run, step)
@@ -55,7 +55,7 @@ def train_step(run: "Run", step: int, should_stop: Callable[[], bool] = lambda: 
     supervised = int(noised.supervised.sum())
     bad_rows = [] if engine.was_step_applied() else rows_with_nonfinite_loss(losses, samples, run)
     loss = losses.sum().item() if supervised else math.nan
-    return Step(loss, float(engine.get_global_grad_norm()), supervised, bad_rows, stop)
+    return Step(loss, float(engine.get_global_grad_norm()), supervised, noised.input_ids.numel(), bad_rows, stop)
 
 
 @dataclass
@@ -65,6 +65,7 @@ class Step:
     loss: float  # of the global batch; nan if no token was supervised: there is no loss then
     grad_norm: float  # before clipping
     supervised: int  # tokens
+    tokens: int  # that went through the model, padding included
     bad_rows: list[int]  # entries of DATA_PT that a NaN or infinity may come from; then the optimizer step was skipped
     stop: bool  # some rank was stopped by a signal
 
@@ -123,7 +124,8 @@ def train(
         step, stopped = loop(run, watch, done, bad_steps)
     dist.destroy_process_group()
     if stopped:
-        print0(run.ranks, "stopped", f"by a signal, after step {step}; the same command with --RESUME=True resumes it")
+        reason = watch.stop or "a signal to another rank"
+        print0(run.ranks, "stopped", f"by {reason}, after step {step}; the same command with --RESUME=True resumes it")
         sys.exit(STOPPED)
     losses, seconds = run.logs.losses(), time.perf_counter() - began
     loss = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"
@@ -158,7 +160,9 @@ def start(knobs: SimpleNamespace, noise: Noise, loss: Loss, blocks: Callable | N
     samples = make_samples(data, knobs, config)
     previews = Previews(base, config, samples, knobs) if knobs.SAMPLE_EVERY else None
     answer_len = samples.length - samples.prompt_len  # (N,)
-    plan = schedule(blocks(answer_len) if blocks else 0 * answer_len + knobs.EPOCHS, knobs.EPOCHS, knobs.SEED)  # (P, 2)
+    plan = schedule(
+        blocks(answer_len) if blocks else torch.full_like(answer_len, knobs.EPOCHS), knobs.EPOCHS, knobs.SEED
+    )  # (P, 2)
     steps = plan_steps(knobs, ranks, samples, plan)
     engines.start_group()
     folder = ranks.on_first_rank(lambda: open_folder(knobs, ranks, steps, base))
@@ -181,6 +185,7 @@ def open_folder(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: Path) ->
     engines.write_config(knobs)
     folder.remove_unfinished()
     files.lock(folder.path, shared=True)
+    print0(ranks, "run", f"{folder.path}/, checkpoints {folder.checkpoint(steps)}/")
     return folder
 
 
@@ -197,7 +202,7 @@ def hold_folder(folder: RunFolder, ranks: Ranks) -> None:
 
 
 def steps_done(run: Run) -> tuple[int, int]:
-    """Brings engine and logs to where the run is. Returns the steps done, and the bad steps in a row at their end."""
+    """Restores engine and logs if the run is resumed. Returns the steps done, and bad steps in a row at their end."""
     status = run.ranks.on_first_rank(run.folder.status)
     if status is Status.UNFINISHED:
         return resume.load(run.engine, run.ranks, run.folder, run.logs)
@@ -210,12 +215,11 @@ def steps_done(run: Run) -> tuple[int, int]:
 
 
 def loop(run: Run, watch: signals.Watch, done: int, bad_steps: int) -> tuple[int, bool]:
-    """Trains after step `done` and N bad steps in a row, to the end or until a signal stops it.
+    """Trains the steps after step `done`, to the last one or until a signal stops it. bad_steps: in a row before these.
 
     Returns the last step, and whether a signal stopped it. Raises InputError after MAX_BAD_STEPS in a row.
     """
     knobs, ranks, step, stopped = run.knobs, run.ranks, done, False
-    tokens = global_batch_size(knobs, ranks) * knobs.MAX_LEN
     if done and every(knobs.SAVE_EVERY, done, run.steps):  # it may have ended between resume point and checkpoint
         save_checkpoint(run, done)
     bar = progress(
@@ -225,7 +229,7 @@ def loop(run: Run, watch: signals.Watch, done: int, bad_steps: int) -> tuple[int
         began, lr = time.perf_counter(), run.engine.get_lr()[0]
         with watch.step():
             result = train_step(run, step, lambda: watch.stop)
-        run.logs.add_step(step, lr, result, tokens / (time.perf_counter() - began))
+        run.logs.add_step(step, lr, result, result.tokens / (time.perf_counter() - began))
         bar.set_postfix(loss=f"{result.loss:.3f}", refresh=False)
         bad_steps, stopped = bad_steps + 1 if result.bad_rows else 0, result.stop
         too_bad = bad_steps >= knobs.MAX_BAD_STEPS
@@ -267,12 +271,14 @@ def plan_steps(knobs: SimpleNamespace, ranks: Ranks, samples: Samples, plan: Ten
             f"of {factors}; lower MICRO_BSIZE or GRAD_ACC, or prepare more samples."
         )
     steps = knobs.TOTAL_TRAIN_STEPS or draws // size
+    used_up = n * knobs.EPOCHS - draws
     if steps > draws // size:
+        more = "MAX_SAMPLES, or lower BLOCK_SIZE" if draws < n * (knobs.EPOCHS - 1) else "EPOCHS or MAX_SAMPLES"
         raise InputError(
             f"TOTAL_TRAIN_STEPS={steps} is more than the {draws // size} steps of {n:,} samples, EPOCHS={knobs.EPOCHS} "
-            f"and a global batch of {factors}; raise EPOCHS or MAX_SAMPLES, or lower TOTAL_TRAIN_STEPS."
+            f"({used_up:,} passes less, with no block left), and a global batch of {factors}; raise {more}, or lower "
+            f"TOTAL_TRAIN_STEPS."
         )
-    used_up = n * knobs.EPOCHS - draws
     warmup = engines.warmup_steps(steps, knobs.WARMUP_TYPE, knobs.WARMUP_RATIO)
     for what, text in (
         ("samples", f"{n:,} of {knobs.DATA_PT} ({samples.unanswered:,} without an answer left out)"),
@@ -280,7 +286,7 @@ def plan_steps(knobs: SimpleNamespace, ranks: Ranks, samples: Samples, plan: Ten
         ("global batch", factors),
         ("steps", f"{steps:,} " + ("= TOTAL_TRAIN_STEPS" if knobs.TOTAL_TRAIN_STEPS else f"= {draws:,} // {size:,}")),
         ("tokens/step", f"{size * knobs.MAX_LEN:,} = {size:,} samples x {knobs.MAX_LEN} MAX_LEN"),
-        ("warm-up", f"{warmup:,} steps, {knobs.WARMUP_TYPE} = {knobs.WARMUP_RATIO:.0%} of {steps:,}"),
+        ("warm-up", f"{warmup:,} steps, {knobs.WARMUP_TYPE} (WARMUP_RATIO {knobs.WARMUP_RATIO:g})"),
     ):
         print0(ranks, what, text)
     return steps
@@ -298,13 +304,15 @@ def save_checkpoint(run: Run, step: int) -> None:
     if ranks.on_first_rank(folder.exists):
         return  # the run had come so far before it was interrupted
 
+    base_name = str(base.absolute()) if Path(run.knobs.MODEL_NAME).is_dir() else run.knobs.MODEL_NAME
+
     def write_files(unfinished):  # all ranks share the work
         nonlocal rounding
         factors = checkpoint.lora_factors(run.model)
         written, rounding = checkpoint.merge_weights(base, unfinished, factors, dtype, ranks.rank, ranks.world_size)
         if ranks.rank == 0:
             written |= checkpoint.copy_side_files(base, unfinished, dtype)
-            checkpoint.save_adapter(run.model, run.knobs.MODEL_NAME, unfinished / checkpoint.ADAPTER)
+            checkpoint.save_adapter(run.model, base_name, unfinished / checkpoint.ADAPTER)
         return written
 
     files.publish(ranks, run.folder.path / f"step{step:04d}.unfinished", folder, write_files, content={})
@@ -315,7 +323,7 @@ def save_checkpoint(run: Run, step: int) -> None:
 
 
 def gap_on_first_samples(run: Run, folder: Path) -> str:
-    """checkpoint.logit_gap on the first samples."""
+    """Compares the checkpoint's logits with those of base + adapters on the first samples; see checkpoint.logit_gap."""
     first = [tensor[:COMPARED] for tensor in (run.samples.ids.long(), run.samples.prompt_len, run.samples.length)]
     run.model.eval()
     sentence = checkpoint.logit_gap(run.model, run.base, folder, *first, run.knobs.MASK_ID)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import blockwise  # noqa: F401  (registers the model type, so that the Auto classes below work)
@@ -52,6 +53,7 @@ def show_answer(folder: Path, problem: dict, block_size: int) -> None:
 
 def main():
     run, block_size = Path(sys.argv[1]), int(sys.argv[2])
+    transformers.utils.logging.disable_progress_bar()
     print(f"\n{'':<26}{'steps':>6}{'supervised tokens':>19}{'compute':>14}{'Pass@1':>9}{'95 % interval':>17}")
     rows = [("base", "", BASE)] + [(label, *trained(run, name)) for label, name in ROWS]
     for label, training, folder in rows:

@@ -92,9 +92,13 @@ def test_with_an_adapter_answers_are_those_of_base_and_adapters(
         prompt = prompts.prompt_ids(tokenizer, [prompts.user_message(problem["query"])])
         ids, _ = decode.decode(adapted, [prompt], Settings(16, 8, 8))
         assert row["completion"] == decode.completion(tokenizer, ids[0].tolist(), [1, 7]) != untuned["completion"]
-    os.utime(adapter / "adapter_config.json", ns=(0, 0))
+    os.utime(adapter / "adapter_config.json", ns=(0, 0))  # a copy has another time, too
+    assert call(*flags)[0] == 0
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 99}))
     code, _, err = call(*flags)
-    assert code == 1 and "holds the results of another run: weights was" in err
+    (adapter / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    assert code == 1 and f"the content of {base} or of its adapters has changed" in err
 
 
 def test_adapters_that_cannot_be_used_are_refused(base, adapter, data, tmp_path, call):

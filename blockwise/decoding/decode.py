@@ -64,7 +64,8 @@ def decode(
     """Answers prompts. Returns ids (B, G) and the number of rows that went through the model, over all forward passes.
 
     model: LLaDAForCausalLM in evaluation mode; prompts: list of lists of ids; end_ids: tokens that end an answer.
-    At temperature 0 and without a cache, a batch gives what its prompts give one by one, up to rounding.
+    At temperature 0, with low_confidence remasking and without a cache, a batch gives what its prompts give one by
+    one, up to rounding.
     """
     rows = 0
     for answers, rows in stream(model, prompts, settings, end_ids, generator):  # noqa: B007

@@ -170,7 +170,7 @@ def save_adapter(model: PeftModel, base_name: str, out: Path) -> None:
     """
     out.mkdir()
     config = copy.copy(model.peft_config["default"])
-    config.base_model_name_or_path, config.inference_mode = base_name, True
+    config.base_model_name_or_path, config.inference_mode, config.task_type = base_name, True, "CAUSAL_LM"
     config.target_modules = sorted(config.target_modules)  # a set, whose order is another in every process
     config.save_pretrained(out)
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)

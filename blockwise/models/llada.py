@@ -88,7 +88,11 @@ class LLaDAConfig(LlamaConfig):
     def to_dict(self):
         config = super().to_dict()
         config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
-        return config | {hub: config.pop(llama) for hub, llama in CONFIG_KEYS.items()} | {"vocab_size": self.vocab_size}
+        return (
+            config
+            | {theirs: config.pop(llama) for theirs, llama in CONFIG_KEYS.items()}
+            | {"vocab_size": self.vocab_size}
+        )
 
 
 class LLaDAForCausalLM(LlamaForCausalLM):
@@ -102,8 +106,8 @@ AutoModelForCausalLM.register(LLaDAConfig, LLaDAForCausalLM)
 register_checkpoint_conversion_mapping(
     "llada",
     [
-        WeightRenaming(re.escape(hub + ".").replace(r"\{i\}", r"(\d+)"), llama.replace("{i}", r"\1") + ".")
-        for hub, llama in MODULES.items()
+        WeightRenaming(re.escape(theirs + ".").replace(r"\{i\}", r"(\d+)"), llama.replace("{i}", r"\1") + ".")
+        for theirs, llama in MODULES.items()
     ],
 )
 
@@ -112,7 +116,7 @@ def hub_name(tensor: str) -> str:
     """The name in the hub's files of a tensor of LLaDAForCausalLM, as `model.layers.3.mlp.up_proj.weight`."""
     module, _, kind = tensor.rpartition(".")
     layer = re.search(r"\.(\d+)\.", module)
-    names = {llama: hub for hub, llama in MODULES.items()}
+    names = {llama: theirs for theirs, llama in MODULES.items()}
     if layer:
         return names[module.replace(layer[0], ".{i}.")].replace("{i}", layer[1]) + "." + kind
     return names[module] + "." + kind

@@ -11,7 +11,7 @@ from blockwise.run import files
 from blockwise.run.ranks import Ranks, print0
 from blockwise.run.run_folder import CONSTANTS, RunFolder
 
-MAY_CHANGE_ON_RESUME = {"RESUME", "RESUME_EVERY", "MAX_BAD_STEPS", "SAVE_DTYPE"}  # knobs that change no step
+MAY_CHANGE_ON_RESUME = {"RESUME", "RESUME_EVERY", "MAX_BAD_STEPS", "SAVE_DTYPE"}  # they change no optimizer step
 VERSIONS = ("torch", "transformers", "deepspeed", "peft")
 
 
@@ -28,12 +28,18 @@ def constants_of(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: str, **
 
 
 def keep_or_compare(folder: RunFolder, constants: dict, ranks: Ranks) -> None:
-    """Writes the constants of a new run, or compares them with those of the run to resume. Raises InputError."""
+    """Compares the constants with those of the run to resume, if there are any, and writes them. Raises InputError."""
     before = folder.constants()
-    if before is None:
+    if before is not None:
+        compare(folder, before, constants, ranks)
+        constants = before | {name: constants[name] for name in MAY_CHANGE_ON_RESUME}
+    if constants != before:
         with files.writing(folder.path):
             files.replace(folder.path / CONSTANTS, json.dumps(constants, indent=2) + "\n")
-        return
+
+
+def compare(folder: RunFolder, before: dict, constants: dict, ranks: Ranks) -> None:
+    """Refuses to resume a run with other constants: an InputError that names one. Warns of other versions."""
     was, now = before["derived"], constants["derived"]
     changed = [(name, was.get(name), now[name]) for name in now if was.get(name) != now[name]]
     for name, old, new in changed:

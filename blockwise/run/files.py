@@ -19,7 +19,7 @@ from blockwise.cli import InputError
 MANIFEST = "manifest.json"
 PIECE = 2**24  # bytes that are written at a time
 TENSOR_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}  # of a number in a safetensors file
-locks = {}  # {folder: its open lock file}: to close one would unlock the folder
+locks = {}  # {folder: its open lock file}: whoever closes any descriptor of that file unlocks the folder
 
 
 @contextmanager

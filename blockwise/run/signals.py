@@ -79,7 +79,7 @@ class Watch:
                 if number == signal.SIGTERM:
                     terminated = min(terminated, time.monotonic())
             if not self.stop and not all(map(alive, self.launchers)):
-                self.stop = "the end of the launcher"
+                self.stop = "the end of its launcher"
             if (rank := self.gone()) is not None:
                 since = min(since, time.monotonic())
                 if time.monotonic() > since + GRACE:
@@ -107,7 +107,7 @@ def end_at_once() -> None:
 
 
 def launchers() -> list[psutil.Process]:
-    """The processes that live as long as the ranks: the parent and, above DeepSpeed's launcher, its runner.
+    """The launcher of this rank and, above DeepSpeed's, its runner; none if something else started it, as a shell.
 
     If one of them is killed, the ranks would run on with nobody to stop them.
     """
@@ -116,7 +116,7 @@ def launchers() -> list[psutil.Process]:
         runner = parent.parent() if KILLERS[0] in parent.cmdline() else None
     except psutil.Error:  # started by a system process that we may not look at, as under some Slurms
         return []
-    return [parent] + [runner] * bool(runner)
+    return [process for process in (parent, runner) if process and kills(parent)]
 
 
 def kills(launcher: psutil.Process) -> bool:
