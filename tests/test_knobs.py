@@ -341,3 +341,22 @@ def test_a_typing_error_is_reported_without_importing_torch(script, tmp_path):
     done = start(script, "--LRR=1", cwd=tmp_path)
     assert done.returncode != 0 and "--LRR=1" in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == "light\n" and not list(tmp_path.iterdir())
+
+
+def test_a_knob_that_is_set_anew_keeps_range_and_comment(tmp_path, monkeypatch):
+    (tmp_path / "other_knobs.py").write_text(
+        "from blockwise.knobs import at_least\n# --- first\nSIZE: at_least(2) = 4  # tokens\n# --- second\nX = 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = "from other_knobs import *\nSIZE = 8\nOWN = 3  # new\n"
+    load(tmp_path / "script.py", own)
+    described = knobs.describe(tmp_path / "script.py")
+    assert described["SIZE"] == knobs.Knob(knobs.at_least(2), "tokens", "first")
+    assert described["OWN"] == knobs.Knob(knobs.ANYTHING, "new", "knobs of this script")
+
+
+@pytest.mark.parametrize("annotation", ["between(0, 2**32)", "knobs.at_least(1)", "above(3)", "between(1)"])
+def test_a_range_that_cannot_be_read_is_named(annotation, tmp_path):
+    (tmp_path / "script.py").write_text(f"\nSIZE: {annotation} = 4\n")
+    with pytest.raises(InputError, match=r"script.py, line 2: .* must be at_least, between, one_of with numbers"):
+        knobs.describe(tmp_path / "script.py")

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from conftest import locked
+from conftest import TRAINING, locked
 from outcome import check_finished, results
 from safetensors.torch import load_file, save_file
 
@@ -101,6 +101,9 @@ def test_what_changes_no_number_may_change(forked, stopped, reference, tmp_path,
     done = forked(tmp_path / "run", RESUME=True, RESUME_EVERY=0, MAX_BAD_STEPS=5)
     assert done.codes == [0] and "warning      the run was started with torch 1" in done.output
     check_finished(tmp_path / "run/out", reference / "out")
+    now = json.loads(path.read_text())  # the constants in force, and what the run was started with
+    assert (now["RESUME"], now["RESUME_EVERY"], now["MAX_BAD_STEPS"]) == (True, 0, 5)
+    assert now["LR"] == TRAINING["LR"] and now["derived"]["torch"].startswith("1")
 
 
 def test_a_finished_run_is_not_restarted(forked, reference, tmp_path, record_property):

@@ -90,3 +90,12 @@ def test_before_and_after_the_watch_a_signal_ends_with_the_code_of_stopping(name
     """Slurm ends the ranks that are left when the first has ended, and a job script looks at the highest code."""
     done = python(ALONE, name, when)
     assert done.returncode == 75 and not done.stderr
+
+
+@pytest.mark.parametrize("name, number", [("a shell", 0), ("torchrun", 1)])
+def test_only_launchers_are_watched(name, number):
+    """A process that something else has started, such as a shell in the background, may outlive that."""
+    child = "from blockwise.run import signals; print(len(signals.launchers()))"
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
+    done = python(parent, child, name)
+    assert done.returncode == 0 and done.stdout == f"{number}\n", done.stderr
