@@ -204,10 +204,12 @@ def hold_folder(folder: RunFolder, ranks: Ranks) -> None:
 def steps_done(run: Run) -> tuple[int, int]:
     """Restores engine and logs if the run is resumed. Returns the steps done, and bad steps in a row at their end."""
     status = run.ranks.on_first_rank(run.folder.status)
-    if status is Status.UNFINISHED:
-        return resume.load(run.engine, run.ranks, run.folder, run.logs)
     if status is Status.FINISHED:  # it was killed while it removed its resume points
         return run.steps, 0
+    if status is Status.UNFINISHED:
+        done = resume.load(run.engine, run.ranks, run.folder, run.logs)
+        run.ranks.on_first_rank(lambda: constants.update(run.folder, run.knobs))
+        return done
     if run.knobs.RESUME:
         print0(run.ranks, "resume", f"{run.folder.path} has no resume point yet: it starts at step 1")
     run.ranks.on_first_rank(lambda: run.logs.start(None))

@@ -28,14 +28,25 @@ def constants_of(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: str, **
 
 
 def keep_or_compare(folder: RunFolder, constants: dict, ranks: Ranks) -> None:
-    """Compares the constants with those of the run to resume, if there are any, and writes them. Raises InputError."""
+    """Writes the constants of a new run, or compares them with those of the run to resume. Raises InputError."""
     before = folder.constants()
-    if before is not None:
+    if before is None:
+        write(folder, constants)
+    else:
         compare(folder, before, constants, ranks)
-        constants = before | {name: constants[name] for name in MAY_CHANGE_ON_RESUME}
-    if constants != before:
-        with files.writing(folder.path):
-            files.replace(folder.path / CONSTANTS, json.dumps(constants, indent=2) + "\n")
+
+
+def write(folder: RunFolder, constants: dict) -> None:
+    with files.writing(folder.path):
+        files.replace(folder.path / CONSTANTS, json.dumps(constants, indent=2) + "\n")
+
+
+def update(folder: RunFolder, knobs: SimpleNamespace) -> None:
+    """Writes what a resumed run may change, once it is resumed."""
+    before = folder.constants()
+    now = before | {name: vars(knobs)[name] for name in MAY_CHANGE_ON_RESUME}
+    if now != before:
+        write(folder, now)
 
 
 def compare(folder: RunFolder, before: dict, constants: dict, ranks: Ranks) -> None:
