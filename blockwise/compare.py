@@ -12,8 +12,6 @@ from types import SimpleNamespace
 
 from blockwise.cli import InputError, run_script
 
-SAMPLES = 4
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,7 +36,12 @@ def main():
     config, mask_id = model.config, model.config.mask_token_id
     if mask_id is None or config.pad_token_id is None:
         raise InputError(f"{base}/config.json lacks mask_token_id or pad_token_id.")
-    form = {"MAX_LEN": config.max_position_embeddings, "MAX_SAMPLES": SAMPLES, "MASK_ID": mask_id, "EOS_TAIL": False}
+    form = {
+        "MAX_LEN": config.max_position_embeddings,
+        "MAX_SAMPLES": checkpoint.COMPARED,
+        "MASK_ID": mask_id,
+        "EOS_TAIL": False,
+    }
     samples = make_samples(data, SimpleNamespace(DATA_PT=args.data, **form), config).to(model.device)
     ids = samples.ids[:, : int(samples.length.max())].long()  # without the padding that all have
     model = checkpoint.load_adapter(model, adapter).eval()

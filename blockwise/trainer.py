@@ -275,11 +275,10 @@ def plan_steps(knobs: SimpleNamespace, ranks: Ranks, samples: Samples, plan: Ten
     steps = knobs.TOTAL_TRAIN_STEPS or draws // size
     used_up = n * knobs.EPOCHS - draws
     if steps > draws // size:
-        more = "MAX_SAMPLES, or lower BLOCK_SIZE" if draws < n * (knobs.EPOCHS - 1) else "EPOCHS or MAX_SAMPLES"
+        passes = f"{draws:,} passes: {n:,} samples x {knobs.EPOCHS} EPOCHS, less {used_up:,} with no block left"
         raise InputError(
-            f"TOTAL_TRAIN_STEPS={steps} is more than the {draws // size} steps of {n:,} samples, EPOCHS={knobs.EPOCHS} "
-            f"({used_up:,} passes less, with no block left), and a global batch of {factors}; raise {more}, or lower "
-            f"TOTAL_TRAIN_STEPS."
+            f"TOTAL_TRAIN_STEPS={steps} is more than the {draws // size} steps of a global batch of {factors} "
+            f"({passes}); raise MAX_SAMPLES, or EPOCHS while samples have blocks left, or lower TOTAL_TRAIN_STEPS."
         )
     warmup = engines.warmup_steps(steps, knobs.WARMUP_TYPE, knobs.WARMUP_RATIO)
     for what, text in (
@@ -296,8 +295,6 @@ def plan_steps(knobs: SimpleNamespace, ranks: Ranks, samples: Samples, plan: Ten
 
 # ---------------------------------------------------------------- checkpoints
 
-COMPARED = 4  # samples on which merged and unmerged logits are compared
-
 
 def save_checkpoint(run: Run, step: int) -> None:
     """Writes {CKPT_DIR}_stepXXXX, the base with the adapters merged in; it has that name only once it is complete."""
@@ -305,7 +302,7 @@ def save_checkpoint(run: Run, step: int) -> None:
     began, folder, rounding = time.perf_counter(), run.folder.checkpoint(step), checkpoint.Rounding()
     if ranks.on_first_rank(folder.exists):
         return  # the run had come so far before it was interrupted
-
+    # absolute, so that the adapters find a local base from any folder
     base_name = str(base.absolute()) if Path(run.knobs.MODEL_NAME).is_dir() else run.knobs.MODEL_NAME
 
     def write_files(unfinished):  # all ranks share the work
@@ -326,8 +323,9 @@ def save_checkpoint(run: Run, step: int) -> None:
 
 def gap_on_first_samples(run: Run, folder: Path) -> str:
     """Compares the checkpoint's logits with those of base + adapters on the first samples; see checkpoint.logit_gap."""
-    first = [tensor[:COMPARED] for tensor in (run.samples.ids.long(), run.samples.prompt_len, run.samples.length)]
+    some, samples = slice(checkpoint.COMPARED), run.samples
+    ids, prompt_len, length = samples.ids[some].long(), samples.prompt_len[some], samples.length[some]
     run.model.eval()
-    sentence = checkpoint.logit_gap(run.model, run.base, folder, *first, run.knobs.MASK_ID)
+    sentence = checkpoint.logit_gap(run.model, run.base, folder, ids, prompt_len, length, run.knobs.MASK_ID)
     run.model.train()
     return sentence

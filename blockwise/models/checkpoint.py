@@ -27,13 +27,14 @@ from blockwise.cli import InputError
 from blockwise.models import llada
 from blockwise.models.hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, adapter_files, reason, weight_files
 from blockwise.run import files
+from blockwise.run.tensors import DTYPES, content_of
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # the pinned packages warn about each other
 CHUNK = 2**20  # elements of a tensor in memory at a time: 4 MB in fp32
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 SAVED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # SAVE_DTYPE -> its name in safetensors files
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx"}  # not side files
 ADAPTER = "adapter"  # folder in a checkpoint
+COMPARED = 4  # samples on which merged and unmerged logits are compared
 
 
 def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
@@ -174,13 +175,9 @@ def save_adapter(model: PeftModel, base_name: str, out: Path) -> None:
     config.target_modules = sorted(config.target_modules)  # a set, whose order is another in every process
     config.save_pretrained(out)
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header = files.tensor_header({name: (names[tensor.dtype], list(tensor.shape)) for name, tensor in tensors.items()})
-    data = (tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy() for tensor in tensors.values())
-    written = {
-        ADAPTER_WEIGHTS: files.write(out / ADAPTER_WEIGHTS, (part for some in ([header], data) for part in some))
-    }
-    files.write_manifest(out, {"files": written | {ADAPTER_CONFIG: files.existing(out / ADAPTER_CONFIG)}})
+    weights = files.write(out / ADAPTER_WEIGHTS, content_of(tensors))
+    config = files.existing(out / ADAPTER_CONFIG)
+    files.write_manifest(out, {"files": {ADAPTER_WEIGHTS: weights, ADAPTER_CONFIG: config}})
     files.sync(out)
 
 

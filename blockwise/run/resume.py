@@ -17,6 +17,7 @@ from blockwise.run import files, logs
 from blockwise.run.logs import Logs
 from blockwise.run.ranks import Ranks, print0
 from blockwise.run.run_folder import RESUME_POINT, RunFolder, step_of
+from blockwise.run.tensors import content_of
 
 KEPT = 2  # resume points: the newest, and the one before in case that one is damaged
 
@@ -60,13 +61,6 @@ def state(engine) -> dict[str, torch.Tensor]:
         adam = zero.optimizer.state.get(adapters, {})  # empty before the first step that was applied
         tensors |= {f"{i}.{name}": tensor for name, tensor in adam.items()}
     return tensors
-
-
-def content_of(tensors: dict[str, torch.Tensor]):
-    """Yields the bytes of a safetensors file of fp32 tensors."""
-    yield files.tensor_header({name: ("F32", list(tensor.shape)) for name, tensor in tensors.items()})
-    for tensor in tensors.values():
-        yield tensor.cpu().reshape(-1).view(torch.uint8).numpy()
 
 
 def remove(points: list[Path]) -> None:
