@@ -3,7 +3,9 @@
     python -m experiments.make_data --output pretrain --rows 100000 --seed 0
     python -m experiments.make_base --data pretrain --output demo/base --steps 2000
 
---data is a folder of jsonl with query and response; its texts train the tokenizer and the model.
+--data is a folder of jsonl with query and response; its texts train the tokenizer and the model. A sample is made as
+pt.py makes it, or, with --plain, of the question and the answer alone: no instruction around the question, no names of
+the roles.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import time
 from collections import deque
 from statistics import fmean
 
+import numpy as np
 import torch
 from datasets import load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -58,6 +61,13 @@ def make_tokenizer(texts, vocab_size):
     )
 
 
+def plain_sample(tokenizer, row: dict[str, str]) -> tuple[int, np.ndarray]:
+    """prompt_len and full_ids of a row: beginning of text, query, end of turn, response; no instruction, no roles."""
+    query, response = tokenizer([row["query"], row["response"]], add_special_tokens=False)["input_ids"]
+    prompt = [tokenizer.bos_token_id, *query, SPECIAL.index("<|eot_id|>")]
+    return len(prompt), np.array(prompt + response)
+
+
 def make_config(vocab_size, d_model, n_layers):
     """A LLaDA config with the hub's keys (GSAI-ML/LLaDA-8B-Instruct: config.json), smaller.
 
@@ -77,9 +87,9 @@ def make_config(vocab_size, d_model, n_layers):
     )  # fmt: skip
 
 
-def pretrain(model, rows, steps, batch_size, lr):
+def pretrain(model, rows, steps, batch_size, lr, seed=0):
     """Trains all weights with the masks of the baseline, all over the answers. Yields step, mean of last losses."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=100)  # warm-up
     ids = torch.nn.utils.rnn.pad_sequence(
@@ -117,20 +127,29 @@ def main():
     parser.add_argument("--vocab_size", type=int, default=640, help="the tokenizer uses at most 4096 of it")
     parser.add_argument("--d_model", type=int, default=128)
     parser.add_argument("--n_layers", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate, reached after 100 steps")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
+    parser.add_argument("--plain", action="store_true", help="samples without instruction and roles")
     parser.add_argument("--save_every", type=int, default=0, help="steps between copies, to choose from; 0 = none")
     args = parser.parse_args()
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     began = time.perf_counter()
 
     dataset = load_dataset(args.data, split="train")
     texts = [
-        ["user", "\n\n" + user_message(row["query"])["content"], "assistant", "\n\n" + row["response"]]
+        [row["query"], row["response"]]
+        if args.plain
+        else ["user", "\n\n" + user_message(row["query"])["content"], "assistant", "\n\n" + row["response"]]
         for row in dataset.select(range(min(3000, len(dataset))))
     ]
     tokenizer = make_tokenizer(sum(texts, []), vocab_size=min(args.vocab_size, 4096))
     model = llada.LLaDAForCausalLM(make_config(args.vocab_size, args.d_model, args.n_layers))
-    rows, _ = pt.encode(dataset, tokenizer, max_len=256, max_samples=0, filter_type="")
-    for step, loss in pretrain(model, rows, args.steps, batch_size=128, lr=1e-3):
+    if args.plain:
+        rows = [plain_sample(tokenizer, row) for row in dataset]
+    else:
+        rows, _ = pt.encode(dataset, tokenizer, max_len=256, max_samples=0, filter_type="")
+    for step, loss in pretrain(model, rows, args.steps, args.batch_size, args.lr, args.seed):
         if step == args.steps or (args.save_every and step % args.save_every == 0):
             folder = args.output if step == args.steps else f"{args.output}_step{step:04d}"
             copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)

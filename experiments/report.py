@@ -1,13 +1,12 @@
-"""results.csv as one table and one figure per claim: means over the seeds with 95 % intervals.
+"""results.csv as tables and figures for each claim: means over the seeds with 95 % intervals.
 
     python -m experiments.report
 
-Writes experiments/report.md and experiments/figures/*.png. The intervals are Student's t over the seeds: they tell how
-much another seed would change, not another base, other problems or another task.
+Writes experiments/report.md and experiments/figures/*.png. The intervals are Student's t over the seeds.
 """
 
 import argparse
-import csv
+from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, median, stdev
 
@@ -16,9 +15,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-HERE = Path(__file__).parent
 from blockwise.cli import InputError, run_script  # noqa: E402
-from experiments.run import CLAIMS, COLUMNS  # noqa: E402
+from experiments.claims import BLOCK_SIZES, BLOCKWISE, CLAIMS, FULLSEQ, name_of_blocks  # noqa: E402
+from experiments.run import chosen_lr, read  # noqa: E402
+
+HERE = Path(__file__).parent
 
 TITLES = {
     "C1": "block-wise against full-sequence at equal steps and FLOPs",
@@ -32,14 +33,20 @@ TITLES = {
     "K4": "loss weighted 1/p x number of blocks",
     "K5": "fewer decoding steps",
     "K6": "dropout on the inputs of the adapters (the trainers' default is 0.05)",
+    "N1": "a new rule of the task lag at equal steps and FLOPs",
+    "N2": "noise in the prefix, a visible suffix, no blocks, on the task lag",
+    "N3": "where it ends: rank of the adapters, three times the steps, no new rule",
+    "N4": "training block size against decoding block size, on the task lag",
 }
 HEAD = """# Results
 
-Written by `python -m experiments.report` from results.csv. Every training starts from demo/base and has the same 1,600
-problems; every row is decoded on the same 300 others, in blocks of 4 tokens if nothing else is said. Pass@1: the whole
-number is right. Token accuracy: the share of its 13 digits that are right, by position. ± is a 95 % interval over the
-seeds (Student's t); "against" is the difference to the first row with several seeds, paired by seed. Supervised tokens:
-masked and supervised, in the whole training. Seconds: steps times the median step, on one CPU core.
+Written by `python -m experiments.report` from results.csv. C and K: long additions, 1,600 training problems, one base
+(demo/base), another fine-tuning for each seed. N: the task lag, 25,600 training problems, for each seed another base,
+too. Every row is decoded on 300 other problems, in blocks of 4 tokens if nothing else is said. LR: learning rate; where
+several were tried, the one with the best Pass@1 on seed 0, which is not among the seeds of the row. Pass@1: the whole
+answer is right. Token accuracy: the share of its digits that are right, by position. ± is a 95 % interval over the seeds
+(Student's t). Difference: of Pass@1, paired by seed, to the row that the column "to" names. Supervised tokens: masked
+and supervised, in the whole training. Seconds: steps times the median step, on one CPU core.
 """
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, two-sided, for 2 to 10 seeds
 
@@ -49,37 +56,47 @@ def main():
     parser.add_argument("--results", default=str(HERE / "results.csv"))
     parser.add_argument("--output", default=str(HERE), help="folder of report.md and figures/")
     args = parser.parse_args()
-    claims, output = read(args.results), Path(args.output)
+    claims, output = group(read(args.results), args.results), Path(args.output)
     (output / "figures").mkdir(parents=True, exist_ok=True)
     text = [HEAD]
     for claim, settings in claims.items():
-        text.append(table(claim, settings))
-        draw(claim, settings, output / "figures" / f"{claim}.png")
-    (output / "report.md").write_text("\n".join(text))
+        final = {name: rows for name, rows in reported(claim, settings).items() if rows}
+        figures = [("", draw)] * bool(final)
+        figures += [("_steps", draw_steps)] * any(setting.curve for setting in CLAIMS[claim])
+        figures += [("_blocks", draw_blocks)] * any("training 1, " in setting.name for setting in CLAIMS[claim])
+        text.append(f"## {claim}: {TITLES[claim]}\n")
+        for end, picture in figures:
+            picture(claim, settings if picture is draw_steps else final, output / f"figures/{claim}{end}.png")
+            text.append(f"![{claim}](figures/{claim}{end}.png)\n")
+        text += [table(claim, final), tried(claim, settings)]
+    (output / "report.md").write_text("\n".join(filter(None, text)))
     print(f"{output}/report.md: {', '.join(claims)}")
 
 
-def read(path):
-    """{claim: {setting: rows, one per seed}}, in the order of experiments/run.py. Raises InputError."""
-    try:
-        with open(path, newline="") as file:
-            reader = csv.DictReader(file)
-            rows, columns = list(reader), reader.fieldnames
-    except OSError as error:
-        raise InputError(
-            f"--results {path} cannot be read: {error.strerror}; write it with experiments/run.py."
-        ) from error
-    if columns != COLUMNS:
-        raise InputError(f"--results {path} is not a CSV with the columns of experiments/run.py.")
+def group(rows: list[dict], path: str) -> dict[str, dict[str, list[dict]]]:
+    """{claim: {setting: its rows}}, in the order of experiments/claims.py, rows by seed. Raises InputError."""
     claims = {claim: {setting.name: [] for setting in settings} for claim, settings in CLAIMS.items()}
     for number, row in enumerate(rows, start=2):
-        if None in row.values():
-            raise InputError(f"--results {path}, line {number} is not whole; remove it.")
-        if row.get("setting") not in claims.get(row.get("claim"), {}):
-            raise InputError(f"--results {path}, line {number}: experiments/run.py has no such claim and setting.")
+        if row["setting"] not in claims.get(row["claim"], {}):
+            raise InputError(f"--results {path}, line {number}: experiments/claims.py has no such claim and setting.")
         claims[row["claim"]][row["setting"]].append(row)
-    claims = {claim: {name: rows for name, rows in settings.items() if rows} for claim, settings in claims.items()}
-    return {claim: settings for claim, settings in claims.items() if settings}
+    for settings in claims.values():
+        for some in settings.values():
+            some.sort(key=lambda row: (int(row["seed"]), float(row["lr"]), int(row["steps"])))
+    return {claim: settings for claim, settings in claims.items() if any(settings.values())}
+
+
+def reported(claim: str, settings: dict[str, list[dict]], all_steps: bool = False) -> dict[str, list[dict]]:
+    """The rows to report: with the chosen learning rate, without the seed that chose it, of the last checkpoint."""
+    every, chosen = [row for rows in settings.values() for row in rows], {}
+    for setting in CLAIMS[claim]:
+        rows = settings[setting.name]
+        if setting.lrs or setting.lr_of:
+            lr = chosen_lr(claim, setting, every)
+            rows = [row for row in rows if row["seed"] != "0" and float(row["lr"]) == lr]
+        last = max((int(row["steps"]) for row in rows), default=0)
+        chosen[setting.name] = [row for row in rows if all_steps or int(row["steps"]) == last]
+    return chosen
 
 
 def interval(values):
@@ -89,23 +106,45 @@ def interval(values):
     return fmean(values), T95[min(len(values), 10) - 2] * stdev(values) / len(values) ** 0.5
 
 
-def table(claim, settings):
+def table(claim: str, settings: dict[str, list[dict]]) -> str:
     """A claim's table in Markdown."""
     lines = [
-        f"## {claim}: {TITLES[claim]}\n\n![{claim}](figures/{claim}.png)\n",
-        "| setting | seeds | steps | supervised tokens | seconds | Pass@1 | against | token accuracy |",
-        "|---|---|---|---|---|---|---|---|",
+        "| setting | LR | seeds | steps | supervised tokens | seconds | Pass@1 | difference | to | token accuracy |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    first = next((rows for rows in settings.values() if len(rows) > 1), [])
-    reference = {row["seed"]: float(row["pass_at_1"]) for row in first}
-    for setting, rows in settings.items():
+    against = {setting.name: setting.against for setting in CLAIMS[claim]}
+    first = next((name for name, rows in settings.items() if len(rows) > 1), None)
+    for name, rows in settings.items():
         passed, tokens = (shown([float(row[key]) for row in rows]) for key in ("pass_at_1", "token_accuracy"))
+        other = first if against[name] == "" else against[name]
+        reference = {row["seed"]: float(row["pass_at_1"]) for row in settings.get(other, [])}
         pairs = [float(row["pass_at_1"]) - reference[row["seed"]] for row in rows if row["seed"] in reference]
-        against = shown(pairs, "+") if rows is not first and len(pairs) > 1 else ""
-        supervised = fmean(int(row["supervised_tokens"]) for row in rows)
-        seconds = median(float(row["seconds"]) for row in rows)
-        start = f"| {setting} | {len(rows)} | {rows[0]['steps']} | {supervised:,.0f} | {seconds:.0f} |"
-        lines.append(f"{start} {passed} | {against} | {tokens} |")
+        difference = (shown(pairs, "+"), other) if other != name and len(pairs) > 1 else ("", "")
+        supervised = f"{fmean(int(row['supervised_tokens']) for row in rows):,.0f}"
+        seconds = f"{median(float(row['seconds']) for row in rows):.0f}"
+        cells = [name, rows[0]["lr"], len(rows), rows[0]["steps"], supervised, seconds, passed, *difference, tokens]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def tried(claim: str, settings: dict[str, list[dict]]) -> str:
+    """Pass@1 on seed 0 with every learning rate that was tried, in Markdown, the chosen one bold; '' if none was."""
+    tuned = [setting for setting in CLAIMS[claim] if setting.lrs and settings[setting.name]]
+    if not tuned:
+        return ""
+    lines = [
+        f"| learning rate, seed 0 | {' | '.join(f'{lr:g}' for lr in tuned[0].lrs)} |",
+        "|---" * (len(tuned[0].lrs) + 1) + "|",
+    ]
+    for setting in tuned:
+        rows = settings[setting.name]
+        last = {float(row["lr"]): float(row["pass_at_1"]) for row in rows if row["seed"] == "0"}  # of the last step
+        lr = chosen_lr(claim, setting, rows)
+        cells = [
+            ("**{:.1%}**" if rate == lr else "{:.1%}").format(last[rate]) if rate in last else ""
+            for rate in setting.lrs
+        ]
+        lines.append(f"| {setting.name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -115,7 +154,7 @@ def shown(values, sign=""):
     return f"{mean:{sign}.1%}" + (f" ± {half:.1%}" if len(values) > 1 else "")
 
 
-def draw(claim, settings, path):
+def draw(claim: str, settings: dict[str, list[dict]], path: Path) -> None:
     """Pass@1 and token accuracy of each setting, with intervals, and a dot per seed."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 1.2 + 0.35 * len(settings)), sharey=True, layout="constrained")
     for panel, (key, label) in zip(panels, (("pass_at_1", "Pass@1"), ("token_accuracy", "token accuracy"))):
@@ -127,7 +166,55 @@ def draw(claim, settings, path):
         panel.set(xlabel=f"{label} (%)", yticks=range(len(settings)), yticklabels=settings)
         panel.grid(axis="x", alpha=0.3)
     panels[0].set_ylim(len(settings) - 0.5, -0.5)
-    figure.suptitle(f"{claim}: {TITLES[claim]}")
+    finish(figure, claim, path)
+
+
+def draw_steps(claim: str, settings: dict[str, list[dict]], path: Path) -> None:
+    """Pass@1 of the checkpoints of a training: the mean over the seeds, and each seed as a thin line."""
+    figure, panel = plt.subplots(figsize=(7, 4), layout="constrained")
+    for setting in CLAIMS[claim]:
+        if not setting.curve:
+            continue
+        by_step, by_seed = defaultdict(list), defaultdict(list)
+        for row in reported(claim, settings, all_steps=True)[setting.name]:
+            point = int(row["steps"]), 100 * float(row["pass_at_1"])
+            by_step[point[0]].append(point[1])
+            by_seed[row["seed"]].append(point)
+        color = {FULLSEQ: "C1", BLOCKWISE: "C0"}[setting.script]
+        for points in by_seed.values():
+            panel.plot(*zip(*points), color=color, alpha=0.3, linewidth=1)
+        panel.plot(
+            by_step, [fmean(values) for values in by_step.values()], color=color, linewidth=2.5, label=setting.name
+        )
+    panel.set(xlabel="optimizer steps", ylabel="Pass@1 (%)", ylim=(-2, 102))
+    panel.grid(alpha=0.3)
+    panel.legend()
+    finish(figure, claim, path)
+
+
+def draw_blocks(claim: str, settings: dict[str, list[dict]], path: Path) -> None:
+    """Mean Pass@1 by the block size of training and of decoding, as a heat map."""
+
+    def value(train, block):
+        rows = settings.get(name_of_blocks(train, block))
+        return 100 * fmean(float(row["pass_at_1"]) for row in rows) if rows else float("nan")
+
+    sizes = [size for size in BLOCK_SIZES if name_of_blocks(size, size) in settings]
+    values = [[value(train, block) for block in sizes] for train in sizes]
+    figure, panel = plt.subplots(figsize=(6, 5), layout="constrained")
+    image = panel.imshow(values, cmap="viridis")
+    middle = (image.norm.vmin + image.norm.vmax) / 2
+    for y, row in enumerate(values):
+        for x, number in enumerate(row):
+            panel.text(x, y, f"{number:.1f}", ha="center", va="center", color="black" if number > middle else "white")
+    panel.set(xlabel="tokens of a block in decoding", ylabel="tokens of a block in training")
+    panel.set(xticks=range(len(sizes)), xticklabels=sizes, yticks=range(len(sizes)), yticklabels=sizes)
+    figure.colorbar(image, label="Pass@1 (%)")
+    finish(figure, claim, path)
+
+
+def finish(figure, claim: str, path: Path) -> None:
+    figure.suptitle(f"{claim}: {TITLES[claim]}", fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

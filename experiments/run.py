@@ -1,11 +1,12 @@
-"""The paper's claims on a tiny model, each re-run by one command: real trainers, real decoder, a row of CSV per run.
+"""The claims of experiments/claims.py on tiny models: real trainers, real decoder, a row of CSV per run.
 
     python -m experiments.run C1 C2 --seeds 5
     python -m experiments.report
 
-A run is one training (shared by all settings that need the same one) and one decoding of the held-out problems. What is
-in the CSV already is not run again, so that an interrupted command continues where it was. To run again what is in the
-committed CSV, name another --results.
+A run is one training (shared by all settings that need the same one) and one decoding of the held-out problems. A
+setting with several learning rates runs all of them on seed 0, which chooses one, and reports other seeds with that.
+What is in the CSV already is not run again, so that an interrupted command continues where it was. To run again what is
+in the committed CSV, name another --results.
 """
 
 import argparse
@@ -13,166 +14,243 @@ import csv
 import hashlib
 import importlib
 import io
+import multiprocessing
 import os
-import random
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
 from blockwise.cli import InputError, progress, run_script
 from blockwise.run import files
-from experiments.make_data import DIGITS
+from experiments import make_data
+from experiments.claims import BATCH, BLOCK, CLAIMS, COMMON, FULLSEQ, HELD_OUT, LAG_BASE, Setting, Task, decoding
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "demo/base"
-ROWS, BATCH, HELD_OUT = 1_600, 32, 300  # every training has the same rows; an epoch is 50 steps
-BLOCK, GEN_LENGTH = 4, 16  # an answer has 16 tokens, the last 13 of them digits
-KNOBS = {
-    "MASK_ID": 4, "MAX_LEN": 52, "MAX_SAMPLES": 0, "BF16": False, "MICRO_BSIZE": BATCH, "LR": 2e-3,
-    "LORA_RANK": 16, "LORA_DROPOUT": 0.0,
-}  # fmt: skip
-COLUMNS = ["claim", "setting", "seed", "steps", "supervised_tokens", "seconds", "pass_at_1", "token_accuracy", "n"]
-BLOCKWISE, FULLSEQ, CAUSAL = "train_blockwise.py", "train_fullseq.py", "experiments/train_causal.py"
+COLUMNS = ["claim", "setting", "lr", "seed"]
+COLUMNS += ["steps", "supervised_tokens", "seconds", "pass_at_1", "token_accuracy", "n"]
 
 
-@dataclass
-class Setting:
-    """One line of a claim's table: how to train, and how to decode."""
+@dataclass(frozen=True)
+class Run:
+    """A training with a seed and a learning rate, and the decoding of its checkpoint."""
 
-    name: str
-    script: str = BLOCKWISE  # "" = the base as it is
-    knobs: dict = field(default_factory=dict)
-    decoding: dict = field(default_factory=dict)
+    claim: str
+    setting: Setting
+    lr: float  # 0 for the base as it is
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """The first columns of its rows in the CSV."""
+        return self.claim, self.setting.name, f"{self.lr:g}", str(self.seed)
+
+    @property
+    def knobs(self) -> dict:
+        """Of its training."""
+        size = {} if self.setting.script == FULLSEQ else {"BLOCK_SIZE": BLOCK}
+        task = self.setting.task.knobs
+        return COMMON | task | size | self.setting.knobs | {"LR": self.lr, "SEED": self.seed}
 
 
-def decoding(block, steps_per_block=None, gen_length=GEN_LENGTH):
-    steps = gen_length // block * (steps_per_block or block)
-    return {"gen_length": gen_length, "block_length": block, "steps": steps}
+@dataclass(frozen=True)
+class Scale:
+    """How large the runs are; smaller only to see that they work."""
+
+    most_rows: int = 10**9  # of the training data
+    base_steps: int = LAG_BASE["steps"]
+    held_out: int = HELD_OUT
 
 
-BOTH = (("full sequence", FULLSEQ), ("block-wise", BLOCKWISE))
-CLAIMS = {
-    "C1": [Setting("base", ""), *(Setting(name, script) for name, script in BOTH)],
-    "C2": [  # in 4 epochs, every row trains each of its 4 blocks once
-        Setting("full sequence, 1 epoch", FULLSEQ),
-        Setting("block-wise, 4 epochs", knobs={"EPOCHS": 4}),
-        Setting("full sequence, 4 epochs", FULLSEQ, {"EPOCHS": 4}),
-    ],
-    "C3": [
-        Setting(f"training {train}, decoding {block}", knobs={"BLOCK_SIZE": train}, decoding=decoding(block))
-        for train in (1, 4, 8, 16)
-        for block in (1, 4, 8, 16)
-    ],
-    "C4": [Setting(f"prefix noise {rate}", knobs={"PREFIX_MASK_RATE": rate}) for rate in (0.0, 0.1, 0.2, 0.5)],
-    "C5": [Setting(f"suffix masked {rate}", knobs={"SUFFIX_MASK_PROB": rate}) for rate in (1.0, 0.5, 0.0)],
-    "K1": [Setting("block-wise"), Setting("rest of the answer", CAUSAL)],
-    "K2": [Setting("block-wise"), Setting("visible future", knobs={"SUFFIX_MASK_PROB": 0.0})],
-    "K3": [  # 12 tokens of padding behind the answer
-        Setting(f"{name}, {what}", script, {"EOS_TAIL": tail, "MAX_LEN": 64}, decoding(BLOCK, gen_length=28))
-        for name, script in BOTH
-        for what, tail in (("answer only", False), ("EOS tail", True))
-    ],
-    "K4": [
-        Setting(f"{name}, {what}", script, {"BOUND_WEIGHTS": bound})
-        for name, script in BOTH
-        for what, bound in (("masked mean", False), ("1/p", True))
-    ],
-    "K5": [
-        Setting(f"{name}, {steps} steps a block of 8", script, knobs, decoding(8, steps))
-        for name, script, knobs in (("full sequence", FULLSEQ, {}), ("block-wise", BLOCKWISE, {"BLOCK_SIZE": 8}))
-        for steps in (8, 4, 2, 1)
-    ],
-    "K6": [
-        Setting(f"{name}, dropout {rate}", script, {"LORA_DROPOUT": rate})
-        for name, script in BOTH
-        for rate in (0.0, 0.05)
-    ],
-}
+SMOKE = Scale(4 * BATCH, 10, 20)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claims", nargs="+", metavar="CLAIM", help=", ".join(CLAIMS))
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ...")
+    parser.add_argument("--seeds", type=int, default=5, help="that are reported")
     parser.add_argument("--results", default=str(ROOT / "experiments/results.csv"))
     parser.add_argument("--work", default=str(ROOT / "experiments/work"), help="folder of problems and checkpoints")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, each on one core")
     parser.add_argument("--smoke", action="store_true", help="a few rows and problems, only to see that it runs")
     args = parser.parse_args()
     if unknown := set(args.claims) - CLAIMS.keys():
         raise InputError(f"{', '.join(sorted(unknown))}: no such claim; there are {', '.join(CLAIMS)}.")
     if args.smoke and Path(args.results).resolve() == ROOT / "experiments/results.csv":
         raise InputError("--smoke is too small for results.csv; name another --results.")
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()  # there is one of all runs
-    rows, held_out = (4 * BATCH, 20) if args.smoke else (ROWS, HELD_OUT)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # at this size a GPU is no faster
+    if min(args.seeds, args.jobs) < 1:
+        raise InputError("--seeds and --jobs must be at least 1.")
+    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # at this size nothing else is faster
     work, results = Path(args.work).absolute(), Path(args.results)
     try:
         work.mkdir(parents=True, exist_ok=True)
         results.parent.mkdir(parents=True, exist_ok=True)
         files.lock(work)
-        done = start_results(results)
+        start_results(results)
     except OSError as error:
         raise InputError(f"--work {work} or --results {results} cannot be written: {error}") from error
-    rows_file = prepare(work, rows)
-    todo = [(claim, setting, seed) for seed in range(args.seeds) for claim in args.claims for setting in CLAIMS[claim]]
-    for claim, setting, seed in progress(todo, desc="runs", unit="run"):
-        once = not setting.script and seed  # there are no seeds in the base
-        if not once and (claim, setting.name, str(seed)) not in done:
-            folder, training = train(setting, seed, rows_file, work)
-            score = evaluate(folder, setting.decoding or decoding(BLOCK), held_out)
-            append(results, [claim, setting.name, seed, *training, *score, held_out])
+    scale = SMOKE if args.smoke else Scale()
+    while todo := missing(args.claims, args.seeds, read(results)):  # first what chooses learning rates
+        run_all(todo, args.jobs, work, results, scale)
 
 
-def prepare(work, number):
-    """Writes the training rows of all runs. Returns their file.
+# ---------------------------------------------------------------- which runs
+
+
+def missing(claims: list[str], seeds: int, rows: list[dict[str, str]]) -> list[Run]:
+    """The runs of these claims that are not among the rows of the CSV and whose learning rate is known."""
+    done = {tuple(row[column] for column in COLUMNS[:4]) for row in rows}
+    runs = [run for claim in claims for setting in CLAIMS[claim] for run in runs_of(claim, setting, seeds, rows)]
+    return [run for run in sorted(runs, key=lambda run: run.seed) if run.key not in done]
+
+
+def runs_of(claim: str, setting: Setting, seeds: int, rows: list[dict[str, str]]) -> list[Run]:
+    """All runs of a setting; as long as its learning rate is not chosen, those that choose it."""
+    if not setting.script:  # there is one base of addition, and one of lag for each seed
+        return [
+            Run(claim, setting, 0.0, seed) for seed in (range(1, seeds + 1) if setting.task.rule is not None else [0])
+        ]
+    if not setting.lrs and not setting.lr_of:
+        return [Run(claim, setting, setting.task.knobs["LR"], seed) for seed in range(seeds)]
+    lr = chosen_lr(claim, setting, rows)
+    grid = [Run(claim, setting, lr, 0) for lr in setting.lrs]
+    return grid + [Run(claim, setting, lr, seed) for seed in range(1, seeds + 1) if lr]
+
+
+def chosen_lr(claim: str, setting: Setting, rows: list[dict[str, str]]) -> float | None:
+    """The learning rate with the best Pass@1 on seed 0, then token accuracy; None until all of them have been run."""
+    if setting.lr_of:
+        (setting,) = [other for other in CLAIMS[claim] if other.name == setting.lr_of]
+    scores = {}
+    for row in rows:
+        if (row["claim"], row["setting"], row["seed"]) == (claim, setting.name, "0"):
+            scores[float(row["lr"])] = float(row["pass_at_1"]), float(row["token_accuracy"])  # of the last step
+    return max(setting.lrs, key=scores.get) if set(setting.lrs) <= scores.keys() else None
+
+
+# ---------------------------------------------------------------- running them
+
+
+def run_all(todo: list[Run], jobs: int, work: Path, results: Path, scale: Scale) -> None:
+    """Trains and decodes, several trainings at a time, and appends the rows to the CSV. Raises InputError."""
+    trainings = defaultdict(list)  # runs that share a training go to one process
+    for run in todo:
+        trainings[run.setting.script, run.setting.task, repr(sorted(run.knobs.items()))].append(run)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)
+    try:
+        bases = {base_folder(run.setting.task, run.seed, work, scale): run for run in todo}
+        rows = {rows_file(run.setting.task, work, scale): run for run in todo}  # they need the tokenizer of a base
+        for what, make, missing_ones in (("bases", make_base, bases), ("problems", make_rows, rows)):
+            started = [
+                pool.submit(make, run, path, work, scale) for path, run in missing_ones.items() if not path.exists()
+            ]
+            for job in progress(as_completed(started), total=len(started), desc=what, unit="file"):
+                job.result()
+        started = {pool.submit(rows_of, runs, work, scale): len(runs) for runs in trainings.values()}
+        with progress(total=len(todo), desc="runs", unit="run") as bar:
+            for job in as_completed(started):
+                append(results, job.result())
+                bar.update(started[job])
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker():
+    """Ctrl-C stops the trainings, which are programs of their own; the workers end when those have."""
+    signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN, which the trainings would inherit
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # there is one of all runs
+
+
+def rows_file(task: Task, work: Path, scale: Scale) -> Path:
+    return work / f"{task.name}{'' if task.rule is None else task.rule}_{min(task.rows, scale.most_rows)}.pt"
+
+
+def base_folder(task: Task, seed: int, work: Path, scale: Scale) -> Path:
+    return BASE if task.rule is None else work / f"lag_base{seed}_{scale.base_steps}"
+
+
+def make_base(run: Run, folder: Path, work: Path, scale: Scale) -> None:
+    """Pre-trains the base of lag of a seed on rule 0."""
+    flags = LAG_BASE | {"steps": scale.base_steps, "seed": run.seed}
+    data, unfinished = work / f"{folder.name}_data", work / f"{folder.name}_unfinished"
+    rows = flags["steps"] * flags["batch_size"]
+    command(
+        work, "experiments/make_data.py", "--output", data, "--task", "lag", "--rule", 0, "--rows", rows, "--seed", 0
+    )
+    flags = [part for name, value in flags.items() for part in (f"--{name}", value)]
+    command(work, "experiments/make_base.py", "--plain", "--data", data, "--output", unfinished, *flags)
+    unfinished.rename(folder)
+
+
+def make_rows(run: Run, path: Path, work: Path, scale: Scale) -> None:
+    """Writes the training rows of all runs on a task.
 
     Without the token that ends an answer: it would be a block of its own, which takes a share of the draws like the
     others, but which decoding never reaches.
     """
-    output = work / f"train_{number}.pt"
-    if not output.exists():
-        command(work, "experiments/make_data.py", "--output", work / "data", "--rows", number, "--seed", 1)
-        flags = ("--output", work / "whole.pt", "--model", BASE, "--dataset", work / "data", "--max_samples", 0)
-        command(work, "pt.py", *flags)
-        import torch
+    from datasets import Dataset
 
-        import pt
+    import pt
+    from blockwise.models import hub
 
-        samples = torch.load(work / "whole.pt")
-        pt.save([(sample["prompt_len"], sample["full_ids"][:-1].numpy()) for sample in samples], output)
-    return output
+    task = run.setting.task
+    tokenizer = hub.load_tokenizer(base_folder(task, run.seed, work, scale))
+    rows = make_data.problems(task.name, task.rule, min(task.rows, scale.most_rows), seed=1)
+    if task.rule is None:
+        samples, _ = pt.encode(Dataset.from_list(rows), tokenizer, max_len=256, max_samples=0, filter_type="")
+        samples = [(start, ids[:-1]) for start, ids in samples]
+    else:
+        from experiments.make_base import plain_sample
+
+        samples = [plain_sample(tokenizer, row) for row in rows]
+    pt.save(samples, path)
 
 
-def train(setting, seed, rows_file, work):
-    """Trains, unless it has been done. Returns the checkpoint's folder, and steps, supervised tokens and seconds."""
-    if not setting.script:
-        return BASE, (0, 0, 0.0)
-    defaults = vars(importlib.import_module(setting.script.removesuffix(".py").replace("/", ".")))
-    knobs = KNOBS | {"SEED": seed} | ({} if setting.script == FULLSEQ else {"BLOCK_SIZE": BLOCK}) | setting.knobs
-    knobs = {name: value for name, value in knobs.items() if value != defaults[name]}
-    sources = sorted([*ROOT.glob("*.py"), *ROOT.glob("blockwise/**/*.py"), ROOT / setting.script])
-    code = [file.read_bytes() for file in (*sources, BASE / "model.safetensors", rows_file)]
-    name = hashlib.sha256(repr((setting.script, sorted(knobs.items()), code)).encode()).hexdigest()[:12]
-    folder = next(iter(work.glob(f"{name}_step*")), None)
-    if not folder:
+def rows_of(runs: list[Run], work: Path, scale: Scale) -> list[list]:
+    """Trains, unless it has been done, and decodes for each of the runs, which share the training. Rows of the CSV."""
+    run, rows = runs[0], []
+    base = base_folder(run.setting.task, run.seed, work, scale)
+    checkpoints, metrics = train(run, base, rows_file(run.setting.task, work, scale), work)
+    for run in runs:
+        for step, folder in checkpoints.items() if run.setting.curve else [max(checkpoints.items())]:
+            tokens = sum(int(row["supervised_tokens"]) for row in metrics[:step])
+            speed = statistics.median([float(row["tokens_per_second"]) for row in metrics] or [1.0])
+            seconds = step * BATCH * run.knobs["MAX_LEN"] / speed
+            score = evaluate(folder, run.setting.decoding or decoding(BLOCK), run.setting.task, scale.held_out)
+            rows.append([*run.key, step, tokens, f"{seconds:.1f}", *score, scale.held_out])
+    return rows
+
+
+def train(run: Run, base: Path, data: Path, work: Path) -> tuple[dict[int, Path], list[dict[str, str]]]:
+    """Trains, unless it has been done. Returns its checkpoints {step: folder} and its metrics.csv, a row per step."""
+    script = run.setting.script
+    if not script:
+        return {0: base}, []
+    defaults = vars(importlib.import_module(script.removesuffix(".py").replace("/", ".")))
+    knobs = {name: value for name, value in run.knobs.items() if value != defaults[name]}
+    sources = sorted([*ROOT.glob("*.py"), *ROOT.glob("blockwise/**/*.py"), ROOT / script])
+    code = [file.read_bytes() for file in (*sources, base / "model.safetensors", data)]
+    name = hashlib.sha256(repr((script, sorted(knobs.items()), code)).encode()).hexdigest()[:12]
+    finished = work / f"{name}_finished"
+    if not finished.exists():
         for left in work.glob(f"{name}_*"):  # of an interrupted training
             files.lock(left)  # unless it is still running
             shutil.rmtree(left)
-        knobs |= {"MODEL_NAME": BASE, "DATA_PT": rows_file, "CKPT_DIR": work / name}
-        command(work, setting.script, *(f"--{key}={value}" for key, value in knobs.items()))
-        (folder,) = work.glob(f"{name}_step*")
+        knobs |= {"MODEL_NAME": base, "DATA_PT": data, "CKPT_DIR": work / name}
+        command(work, script, *(f"--{key}={value}" for key, value in knobs.items()))
+        finished.touch()
     with open(work / f"{name}_logs" / "metrics.csv", newline="") as file:
         metrics = list(csv.DictReader(file))
-    tokens = sum(int(row["supervised_tokens"]) for row in metrics)
-    speed = statistics.median(float(row["tokens_per_second"]) for row in metrics)
-    seconds = len(metrics) * BATCH * knobs.get("MAX_LEN", defaults["MAX_LEN"]) / speed
-    return folder, (len(metrics), tokens, f"{seconds:.1f}")
+    return {int(folder.name.rpartition("step")[2]): folder for folder in sorted(work.glob(f"{name}_step*"))}, metrics
 
 
 def command(work, script, *flags):
@@ -190,7 +268,7 @@ def command(work, script, *flags):
         raise InputError(f"this command failed: {' '.join(whole)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
-def evaluate(folder, settings, number):
+def evaluate(folder: Path, settings: dict, task: Task, number: int) -> tuple[str, str]:
     """Pass@1 of a checkpoint on the held-out problems, and the share of their digits that are right, by position."""
     import torch
 
@@ -198,39 +276,59 @@ def evaluate(folder, settings, number):
     from blockwise.decoding import decode
     from blockwise.decoding.settings import Settings
     from blockwise.prompts import prompt_ids, user_message
-    from experiments.make_data import problem
+    from experiments.make_base import plain_sample
 
     model, tokenizer = decode.load(folder, "float32", torch.device("cpu"))
-    ends, rng = decode.end_ids(model, tokenizer), random.Random("held out")
-    problems = [problem(rng) for _ in range(number)]
-    prompts = [prompt_ids(tokenizer, [user_message(row["query"])]) for row in problems]
+    ends = decode.end_ids(model, tokenizer)
+    problems = make_data.problems(task.name, task.rule, number, seed="held out")
+    if task.rule is None:
+        prompts = [prompt_ids(tokenizer, [user_message(row["query"])]) for row in problems]
+    else:
+        prompts = [ids[:start].tolist() for start, ids in (plain_sample(tokenizer, row) for row in problems)]
     right, digits = 0, []
     for start in range(0, number, 100):
         some = problems[start : start + 100]
         ids, _ = decode.decode(model, prompts[start : start + 100], Settings(**settings), ends)
         for answer, row in zip(ids.tolist(), some):
             wanted = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
-            right += scoring.same_number(decode.completion(tokenizer, answer, ends), row["response"])
-            digits += [a == b for a, b in zip(answer, wanted)][-DIGITS - 1 :]  # a sum has one more
+            text = decode.completion(tokenizer, answer, ends)
+            right += scoring.same_number(text, row["response"]) if task.rule is None else text == row["response"]
+            digits += [a == b for a, b in zip(answer, wanted)][-task.digits :]
     return f"{right / number:.4f}", f"{sum(digits) / len(digits):.4f}"
 
 
 # ---------------------------------------------------------------- results.csv
 
 
-def start_results(path):
-    """Makes the CSV, or drops its unfinished last line. Returns the runs in it, {(claim, setting, seed)}."""
+def start_results(path: Path) -> None:
+    """Makes the CSV, or drops its unfinished last line."""
     whole, end, _ = (path.read_text() if path.exists() else "").rpartition("\n")
     files.replace(path, whole + end or ",".join(COLUMNS) + "\n")
-    with open(path, newline="") as file:
-        return {(row["claim"], row["setting"], row["seed"]) for row in csv.DictReader(file)}
 
 
-def append(results, row):
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(row)
+def read(path: str | Path) -> list[dict[str, str]]:
+    """The rows of the CSV. Raises InputError."""
+    try:
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), reader.fieldnames
+    except OSError as error:
+        raise InputError(
+            f"--results {path} cannot be read: {error.strerror}; write it with experiments/run.py."
+        ) from error
+    if columns != COLUMNS:
+        raise InputError(f"--results {path} is not a CSV with the columns of experiments/run.py.")
+    for number, row in enumerate(rows, start=2):
+        if None in row.values():
+            raise InputError(f"--results {path}, line {number} is not whole; remove it.")
+    return rows
+
+
+def append(results: Path, rows: list[list]) -> None:
+    lines = io.StringIO()
+    csv.writer(lines, lineterminator="\n").writerows(rows)
     with files.writing(f"--results {results}"):
-        files.append(results, line.getvalue())
+        files.append(results, lines.getvalue())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,139 @@
+"""What experiments/run.py runs: the tasks, and for each claim the settings that are compared, one line each."""
+
+from dataclasses import dataclass, field
+
+BLOCKWISE, FULLSEQ, CAUSAL = "train_blockwise.py", "train_fullseq.py", "experiments/train_causal.py"
+BATCH, HELD_OUT = 32, 300  # samples of an optimizer step; problems that are decoded, never trained on
+BLOCK, GEN_LENGTH = 4, 16  # an answer has 16 tokens
+COMMON = {"MASK_ID": 4, "MAX_SAMPLES": 0, "BF16": False, "MICRO_BSIZE": BATCH, "LORA_DROPOUT": 0.0}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Problems of experiments/make_data.py, and the knobs that all trainings on them have."""
+
+    name: str
+    rule: int | None  # of lag; addition has none
+    rows: int  # that every training has; an epoch is rows / BATCH steps
+    digits: int  # of an answer that token accuracy counts, the last ones
+    knobs: dict = field(hash=False)
+
+
+ADDITION = Task("addition", None, 1_600, 13, {"MAX_LEN": 52, "LORA_RANK": 16, "LR": 2e-3})
+LAG = {rule: Task("lag", rule, 25_600, 16, {"MAX_LEN": 26, "LORA_RANK": 4, "SAVE_EVERY": 50}) for rule in (0, 1, 2)}
+# The base of addition is the demo's. Lag has one base per seed, made by make_base.py from this many rows of rule 0.
+LAG_BASE = {"steps": 1_000, "batch_size": 64, "lr": 3e-3, "vocab_size": 264, "d_model": 64, "n_layers": 3}
+LRS = (2e-3, 5e-3, 1e-2, 2e-2)  # tried for lag on seed 0; the best is used for the seeds that are reported
+ADDITION_LRS = (1e-3, 2e-3, 5e-3, 1e-2)
+
+
+@dataclass
+class Setting:
+    """One line of a claim's table: how to train, and how to decode."""
+
+    name: str
+    script: str = BLOCKWISE  # "" = the base as it is
+    knobs: dict = field(default_factory=dict)
+    decoding: dict = field(default_factory=dict)
+    task: Task = ADDITION
+    lrs: tuple = ()  # learning rates to choose from on seed 0; () = that of the knobs
+    lr_of: str = ""  # instead: the name of the setting of this claim whose choice is used
+    against: str | None = ""  # the setting that it is compared with; "" = the first with several seeds, None = none
+    curve: bool = False  # decode all checkpoints, not only the last
+
+
+def decoding(block, steps_per_block=None, gen_length=GEN_LENGTH):
+    steps = gen_length // block * (steps_per_block or block)
+    return {"gen_length": gen_length, "block_length": block, "steps": steps}
+
+
+BOTH = (("full sequence", FULLSEQ), ("block-wise", BLOCKWISE))
+
+
+def lag(name, script=BLOCKWISE, rule=1, against="", curve=False, **knobs):
+    """A setting on the task lag, its learning rate chosen."""
+    return Setting(name, script, knobs, task=LAG[rule], lrs=LRS, against=against, curve=curve)
+
+
+def lag_pair(what, rule=1, curve=False, **knobs):
+    """Both methods on the task lag, block-wise compared with full sequence."""
+    names = [f"{name}, {what}" for name, _ in BOTH]
+    return [
+        lag(name, script, rule, against, curve, **knobs)
+        for name, (_, script), against in zip(names, BOTH, (None, names[0]))
+    ]
+
+
+def blocks(train, block, task, **lr):
+    """A setting of a table of training block sizes against decoding block sizes."""
+    return Setting(name_of_blocks(train, block), knobs={"BLOCK_SIZE": train}, decoding=decoding(block), task=task, **lr)
+
+
+def name_of_blocks(train, block):
+    return f"training {train}, decoding {block}"
+
+
+BLOCK_SIZES = (1, 2, 4, 8, 16)
+CLAIMS = {
+    "C1": [
+        Setting("base", ""),
+        *(Setting(name, script, lrs=ADDITION_LRS) for name, script in BOTH),
+    ],
+    "C2": [  # in 4 epochs, every row trains each of its 4 blocks once
+        Setting("full sequence, 1 epoch", FULLSEQ, lrs=ADDITION_LRS),
+        Setting("block-wise, 4 epochs", knobs={"EPOCHS": 4}, lrs=ADDITION_LRS),
+        Setting("full sequence, 4 epochs", FULLSEQ, {"EPOCHS": 4}, lrs=ADDITION_LRS),
+    ],
+    "C3": [blocks(train, block, ADDITION) for train in (1, 4, 8, 16) for block in (1, 4, 8, 16)],
+    "C4": [Setting(f"prefix noise {rate}", knobs={"PREFIX_MASK_RATE": rate}) for rate in (0.0, 0.1, 0.2, 0.5)],
+    "C5": [Setting(f"suffix masked {rate}", knobs={"SUFFIX_MASK_PROB": rate}) for rate in (1.0, 0.5, 0.0)],
+    "K1": [Setting("block-wise"), Setting("rest of the answer", CAUSAL)],
+    "K2": [Setting("block-wise"), Setting("visible future", knobs={"SUFFIX_MASK_PROB": 0.0})],
+    "K3": [  # 12 tokens of padding behind the answer
+        Setting(f"{name}, {what}", script, {"EOS_TAIL": tail, "MAX_LEN": 64}, decoding(BLOCK, gen_length=28))
+        for name, script in BOTH
+        for what, tail in (("answer only", False), ("EOS tail", True))
+    ],
+    "K4": [
+        Setting(f"{name}, {what}", script, {"BOUND_WEIGHTS": bound}, against=f"{name}, masked mean")
+        for name, script in BOTH
+        for what, bound in (("masked mean", False), ("1/p", True))
+    ],
+    "K5": [
+        Setting(f"{name}, {steps} steps a block of 8", script, knobs, decoding(8, steps))
+        for name, script, knobs in (("full sequence", FULLSEQ, {}), ("block-wise", BLOCKWISE, {"BLOCK_SIZE": 8}))
+        for steps in (8, 4, 2, 1)
+    ],
+    "K6": [
+        Setting(f"{name}, dropout {rate}", script, {"LORA_DROPOUT": rate}, against=f"{name}, dropout 0.0")
+        for name, script in BOTH
+        for rate in (0.0, 0.05)
+    ],
+    "N1": [
+        Setting("base, rule 1", "", task=LAG[1], against=None),
+        *lag_pair("rank 4, rule 1", curve=True),
+        *lag_pair("rank 4, rule 2", rule=2),
+        *lag_pair("rank 1, rule 1", LORA_RANK=1),
+        *lag_pair("rank 1, rule 2", rule=2, LORA_RANK=1),
+    ],
+    "N2": [
+        lag("block-wise"),
+        lag("prefix noise 0.1", PREFIX_MASK_RATE=0.1),
+        lag("prefix noise 0.5", PREFIX_MASK_RATE=0.5),
+        lag("visible suffix", SUFFIX_MASK_PROB=0.0),
+        lag("rest of the answer", CAUSAL),
+    ],
+    "N3": [
+        *(setting for rank in (1, 4, 16, 64) for setting in lag_pair(f"rank {rank}", LORA_RANK=rank)),
+        *lag_pair("rank 1, 3 times the steps", LORA_RANK=1, EPOCHS=3),
+        Setting("base, same rule", "", task=LAG[0], against=None),
+        *lag_pair("same rule", rule=0),
+    ],
+    "N4": [
+        blocks(
+            train, block, LAG[1], **({"lrs": LRS} if block == train else {"lr_of": name_of_blocks(train, train)})
+        )
+        for train in BLOCK_SIZES
+        for block in BLOCK_SIZES
+    ],
+}  # fmt: skip
