@@ -30,7 +30,7 @@ from experiments.make_base import make_config
 
 
 def make(folder, gigabytes, d_model, vocab_size):
-    """Writes folder/base, folder/adapter (PEFT) and folder/factors.pt (see checkpoint.lora_factors)."""
+    """Writes folder/base, folder/adapter (PEFT) and folder/factors.pt (see checkpoint.updates)."""
     layer, ends = 13 * d_model**2, 2 * vocab_size * d_model  # parameters
     n_layers = max(1, round((gigabytes * 1e9 / 2 - ends) / layer))
     torch.manual_seed(0)
@@ -39,7 +39,7 @@ def make(folder, gigabytes, d_model, vocab_size):
     config = LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, init_lora_weights=False)
     model = get_peft_model(model, config, autocast_adapter_dtype=False)
     model.save_pretrained(folder / "adapter")
-    torch.save(checkpoint.lora_factors(model), folder / "factors.pt")
+    torch.save(checkpoint.updates(model), folder / "factors.pt")
 
 
 def ours(folder, out):

@@ -1,4 +1,4 @@
-"""The model with LoRA adapters, the DeepSpeed ZeRO-2 engine around it, and its learning rate."""
+"""The model with what is trained of it, the DeepSpeed ZeRO-2 engine around it, and its learning rate."""
 
 import json
 import math
@@ -11,6 +11,7 @@ import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from blockwise.cli import InputError
@@ -45,22 +46,30 @@ def lora_alpha(knobs: SimpleNamespace) -> int:
     return knobs.LORA_ALPHA or 2 * knobs.LORA_RANK
 
 
-def lora_model(folder: Path, knobs: SimpleNamespace, ranks: Ranks) -> PeftModel:
-    """The base with LoRA adapters in its own dtype, the same on every rank."""
+def load_model(folder: Path, knobs: SimpleNamespace, ranks: Ranks) -> PeftModel | PreTrainedModel:
+    """The base in training mode, the same on every rank: with adapters in its own dtype, or all weights trained."""
     if ranks.rank:
         transformers.utils.logging.disable_progress_bar()
     model = llada.load_model(folder, torch.bfloat16 if knobs.BF16 else torch.float32, ranks.device)
     if knobs.GRADIENT_CHECKPOINTING:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     transformers.set_seed(knobs.SEED)
+    if knobs.LORA_RANK:
+        model = add_adapters(model, knobs, ranks)
+    else:
+        print0(ranks, "weights", f"all {model.num_parameters():,} parameters are trained (LORA_RANK 0)")
+    if knobs.COMPILE:
+        compile_layers(model)
+    return model.train()  # a loaded model is in evaluation mode, in which gradient checkpointing does nothing
+
+
+def add_adapters(model: PreTrainedModel, knobs: SimpleNamespace, ranks: Ranks) -> PeftModel:
+    """The model with LoRA adapters, which alone are trained."""
     lora = LoraConfig(
         r=knobs.LORA_RANK, lora_alpha=lora_alpha(knobs), lora_dropout=knobs.LORA_DROPOUT,
         target_modules=knobs.TARGET_MODS,
     )  # fmt: skip
     model = get_peft_model(model, lora, autocast_adapter_dtype=False)
-    if knobs.COMPILE:
-        compile_layers(model)
-    model.train()  # a loaded model is in evaluation mode, in which gradient checkpointing does nothing
     adapted = sum(layer.weight.numel() for name, layer in checkpoint.lora_layers(model))
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     total = model.num_parameters() - trainable
@@ -97,7 +106,7 @@ def engine_config(knobs: SimpleNamespace) -> dict:
         "gradient_clipping": knobs.MAX_GRAD_NORM,
         "optimizer": {"type": "AdamW", "params": adamw},
         "bf16": {"enabled": knobs.BF16},
-        "zero_optimization": {"stage": 2, "overlap_comm": False},  # adapter gradients are small: overlap gains nothing
+        "zero_optimization": {"stage": 2, "overlap_comm": False},  # gradients of adapters are small: no gain
     }
 
 
@@ -107,7 +116,7 @@ def write_config(knobs: SimpleNamespace) -> None:
         files.replace(CONFIG_FILE, json.dumps(engine_config(knobs), indent=2) + "\n")
 
 
-def start_engine(model: PeftModel, knobs: SimpleNamespace, steps: int) -> deepspeed.DeepSpeedEngine:
+def start_engine(model: PeftModel | PreTrainedModel, knobs: SimpleNamespace, steps: int) -> deepspeed.DeepSpeedEngine:
     """The DeepSpeed ZeRO-2 engine, with warm-up and cosine planned for exactly `steps` optimizer steps."""
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -118,6 +127,14 @@ def start_engine(model: PeftModel, knobs: SimpleNamespace, steps: int) -> deepsp
         ),
     )
     return engine
+
+
+def rounding_of_weights(engine: deepspeed.DeepSpeedEngine) -> float:
+    """Sum of squares of what the model's dtype rounds away of the optimizer's fp32 weights, over this rank's share."""
+    zero, rank = engine.optimizer, torch.distributed.get_rank()
+    live = [parts[rank] for parts in zero.parallel_partitioned_bit16_groups]
+    pairs = zip(zero.single_partition_of_fp32_groups, live, strict=True)
+    return sum((fp32.detach() - weights.float()).square().sum(dtype=torch.float64).item() for fp32, weights in pairs)
 
 
 def warmup_steps(steps: int, warmup_type: str, ratio: float) -> int:

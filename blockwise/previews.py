@@ -9,7 +9,7 @@ from blockwise.cli import InputError
 from blockwise.data import Samples
 from blockwise.decoding import decode
 from blockwise.decoding.settings import Settings
-from blockwise.models import hub
+from blockwise.models import checkpoint, hub
 
 PROMPTS = 4  # the first ones of the training samples
 
@@ -31,10 +31,10 @@ class Previews:
             raise InputError(f"SAMPLE_EVERY={knobs.SAMPLE_EVERY}: {error} Set it to 0.") from error
 
     def lines(self, model, step: int) -> str:
-        """The lines of samples.jsonl after a step. model: PEFT model; it is in training mode again afterwards."""
+        """The lines of samples.jsonl after a step. It leaves the model in training mode."""
         model.eval()
         ends = decode.end_ids(model, self.tokenizer)
-        answers, _ = decode.decode(model.get_base_model(), self.prompts, self.settings, ends)  # with the adapters
+        answers, _ = decode.decode(checkpoint.without_adapters(model), self.prompts, self.settings, ends)
         model.train()
         lines = []
         for prompt, answer in zip(self.prompts, answers.tolist()):

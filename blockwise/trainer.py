@@ -20,6 +20,7 @@ import deepspeed.comm as dist
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import masking
 from blockwise import engine as engines
@@ -105,7 +106,7 @@ def train(
     knobs: SimpleNamespace, noise: Noise, loss: Loss = masking.weighted_nll,
     blocks: Callable[[Tensor], Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Fine-tunes LoRA adapters, logs every optimizer step, saves merged checkpoints. Run by the deepspeed launcher.
+    """Fine-tunes adapters or all weights, logs every step, saves checkpoints. Run by the deepspeed launcher.
 
     knobs: the script's constants. noise(batch, generator, knobs): the global batch as the model sees it; all its random
     numbers come from the generator. loss(logits (n, V), part): the share of a part of that in the loss of the global
@@ -147,7 +148,7 @@ class Run:
     steps: int  # optimizer steps
     folder: RunFolder
     logs: Logs
-    model: PeftModel
+    model: PeftModel | PreTrainedModel
     engine: deepspeed.DeepSpeedEngine
     previews: Previews | None
 
@@ -167,7 +168,7 @@ def start(knobs: SimpleNamespace, noise: Noise, loss: Loss, blocks: Callable | N
     engines.start_group()
     folder = ranks.on_first_rank(lambda: open_folder(knobs, ranks, steps, base))
     ranks.on_all_ranks(lambda: hold_folder(folder, ranks))
-    model = engines.lora_model(base, knobs, ranks)
+    model = engines.load_model(base, knobs, ranks)
     engine = engines.start_engine(model, knobs, steps)
     samples, plan, logs = samples.to(ranks.device), plan.to(ranks.device), Logs(ranks, folder.path)
     return Run(knobs, ranks, base, samples, plan, noise, loss, steps, folder, logs, model, engine, previews)
@@ -297,7 +298,7 @@ def plan_steps(knobs: SimpleNamespace, ranks: Ranks, samples: Samples, plan: Ten
 
 
 def save_checkpoint(run: Run, step: int) -> None:
-    """Writes {CKPT_DIR}_stepXXXX, the base with the adapters merged in; it has that name only once it is complete."""
+    """Writes {CKPT_DIR}_stepXXXX, the base as it is trained; it has that name only once it is complete."""
     ranks, base, dtype = run.ranks, run.base, run.knobs.SAVE_DTYPE
     began, folder, rounding = time.perf_counter(), run.folder.checkpoint(step), checkpoint.Rounding()
     if ranks.on_first_rank(folder.exists):
@@ -307,17 +308,20 @@ def save_checkpoint(run: Run, step: int) -> None:
 
     def write_files(unfinished):  # all ranks share the work
         nonlocal rounding
-        factors = checkpoint.lora_factors(run.model)
-        written, rounding = checkpoint.merge_weights(base, unfinished, factors, dtype, ranks.rank, ranks.world_size)
+        updates = checkpoint.updates(run.model)
+        written, rounding = checkpoint.merge_weights(base, unfinished, updates, dtype, ranks.rank, ranks.world_size)
         if ranks.rank == 0:
             written |= checkpoint.copy_side_files(base, unfinished, dtype)
-            checkpoint.save_adapter(run.model, base_name, unfinished / checkpoint.ADAPTER)
+            if run.knobs.LORA_RANK:
+                checkpoint.save_adapter(run.model, base_name, unfinished / checkpoint.ADAPTER)
+        if not run.knobs.LORA_RANK:  # with BF16, the trained weights are rounded before they are saved
+            rounding.error += engines.rounding_of_weights(run.engine)
         return written
 
     files.publish(ranks, run.folder.path / f"step{step:04d}.unfinished", folder, write_files, content={})
     rounding = sum(ranks.on_all_ranks(lambda: rounding), checkpoint.Rounding())
     print0(ranks, "checkpoint", f"{folder}/ in {time.perf_counter() - began:.1f} s; {rounding.sentence(dtype)}")
-    if step == run.steps:
+    if step == run.steps and run.knobs.LORA_RANK:
         ranks.on_first_rank(lambda: print0(ranks, "", gap_on_first_samples(run, folder)))
 
 

@@ -37,16 +37,17 @@ TITLES = {
     "N2": "noise in the prefix, a visible suffix, no blocks, on the task lag",
     "N3": "where it ends: rank of the adapters, three times the steps, no new rule",
     "N4": "training block size against decoding block size, on the task lag",
+    "N5": "a new rule at equal steps and FLOPs, when a token needs three earlier ones: the task lag3",
 }
 HEAD = """# Results
 
 Written by `python -m experiments.report` from results.csv. C and K: long additions, 1,600 training problems, one base
-(demo/base), another fine-tuning for each seed. N: the task lag, 25,600 training problems, for each seed another base,
-too. Every row is decoded on 300 other problems, in blocks of 4 tokens if nothing else is said. LR: learning rate; where
-several were tried, the one with the best Pass@1 on seed 0, which is not among the seeds of the row. Pass@1: the whole
-answer is right. Token accuracy: the share of its digits that are right, by position. ± is a 95 % interval over the seeds
-(Student's t). Difference: of Pass@1, paired by seed, to the row that the column "to" names. Supervised tokens: masked
-and supervised, in the whole training. Seconds: steps times the median step, on one CPU core.
+(demo/base), for each seed another fine-tuning. N: the tasks lag and lag3, 25,600 training problems, for each seed also
+another base. Every row is decoded on 300 other problems, in blocks of 4 tokens if nothing else is said. LR: learning
+rate; where several were tried, the one with the best Pass@1 on seed 0, which is not among the seeds of the row. Pass@1:
+the whole answer is right. Token accuracy: the share of its digits that are right, by position. ± is a 95 % interval
+over seeds (Student's t). Difference: of Pass@1, paired by seed, to the row in the column "to". Supervised tokens:
+masked and supervised, in the whole training. Seconds: steps times the median step, on one CPU core.
 """
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, two-sided, for 2 to 10 seeds
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from blockwise.cli import InputError, progress, run_script
 from blockwise.run import files
 from experiments import make_data
-from experiments.claims import BATCH, BLOCK, CLAIMS, COMMON, FULLSEQ, HELD_OUT, LAG_BASE, Setting, Task, decoding
+from experiments.claims import BASE_FLAGS, BATCH, BLOCK, CLAIMS, COMMON, FULLSEQ, HELD_OUT, Setting, Task, decoding
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "demo/base"
@@ -64,12 +64,12 @@ class Run:
 class Scale:
     """How large the runs are; smaller only to see that they work."""
 
-    most_rows: int = 10**9  # of the training data
-    base_steps: int = LAG_BASE["steps"]
     held_out: int = HELD_OUT
+    most_rows: int = 10**9  # of the training data
+    most_steps: int = 10**9  # of pre-training
 
 
-SMOKE = Scale(4 * BATCH, 10, 20)
+SMOKE = Scale(20, 4 * BATCH, 10)
 
 
 def main():
@@ -113,10 +113,8 @@ def missing(claims: list[str], seeds: int, rows: list[dict[str, str]]) -> list[R
 
 def runs_of(claim: str, setting: Setting, seeds: int, rows: list[dict[str, str]]) -> list[Run]:
     """All runs of a setting; as long as its learning rate is not chosen, those that choose it."""
-    if not setting.script:  # there is one base of addition, and one of lag for each seed
-        return [
-            Run(claim, setting, 0.0, seed) for seed in (range(1, seeds + 1) if setting.task.rule is not None else [0])
-        ]
+    if not setting.script:  # there is one base of addition, and of the others one for each seed
+        return [Run(claim, setting, 0.0, seed) for seed in (range(1, seeds + 1) if setting.task.base_steps else [0])]
     if not setting.lrs and not setting.lr_of:
         return [Run(claim, setting, setting.task.knobs["LR"], seed) for seed in range(seeds)]
     lr = chosen_lr(claim, setting, rows)
@@ -175,20 +173,22 @@ def rows_file(task: Task, work: Path, scale: Scale) -> Path:
 
 
 def base_folder(task: Task, seed: int, work: Path, scale: Scale) -> Path:
-    return BASE if task.rule is None else work / f"lag_base{seed}_{scale.base_steps}"
+    return work / f"{task.name}_base{seed}_{min(task.base_steps, scale.most_steps)}" if task.base_steps else BASE
 
 
 def make_base(run: Run, folder: Path, work: Path, scale: Scale) -> None:
-    """Pre-trains the base of lag of a seed on rule 0."""
-    flags = LAG_BASE | {"steps": scale.base_steps, "seed": run.seed}
+    """Pre-trains the base of a task and a seed on rule 0."""
+    task, steps = run.setting.task, min(run.setting.task.base_steps, scale.most_steps)
     data, unfinished = work / f"{folder.name}_data", work / f"{folder.name}_unfinished"
-    rows = flags["steps"] * flags["batch_size"]
-    command(
-        work, "experiments/make_data.py", "--output", data, "--task", "lag", "--rule", 0, "--rows", rows, "--seed", 0
-    )
-    flags = [part for name, value in flags.items() for part in (f"--{name}", value)]
-    command(work, "experiments/make_base.py", "--plain", "--data", data, "--output", unfinished, *flags)
+    rows = {"task": task.name, "rule": 0, "rows": steps * BASE_FLAGS["batch_size"], "seed": 0}
+    command(work, "experiments/make_data.py", "--output", data, *flags(rows))
+    how = flags(BASE_FLAGS | {"steps": steps, "seed": run.seed})
+    command(work, "experiments/make_base.py", "--plain", "--data", data, "--output", unfinished, *how)
     unfinished.rename(folder)
+
+
+def flags(values: dict) -> list[str]:
+    return [f"--{name}={value}" for name, value in values.items()]
 
 
 def make_rows(run: Run, path: Path, work: Path, scale: Scale) -> None:
@@ -246,7 +246,7 @@ def train(run: Run, base: Path, data: Path, work: Path) -> tuple[dict[int, Path]
             files.lock(left)  # unless it is still running
             shutil.rmtree(left)
         knobs |= {"MODEL_NAME": base, "DATA_PT": data, "CKPT_DIR": work / name}
-        command(work, script, *(f"--{key}={value}" for key, value in knobs.items()))
+        command(work, script, *flags(knobs))
         finished.touch()
     with open(work / f"{name}_logs" / "metrics.csv", newline="") as file:
         metrics = list(csv.DictReader(file))

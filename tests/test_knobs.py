@@ -25,7 +25,7 @@ RANGES = {
     "MAX_LEN": (2, math.inf), "MAX_SAMPLES": (0, math.inf), "EPOCHS": (1, math.inf),
     "BLOCK_SIZE": (1, math.inf), "MASK_PROB_EPS": (0.0, 1.0),
     "PREFIX_MASK_RATE": (0.0, 1.0), "SUFFIX_MASK_PROB": (0.0, 1.0),
-    "LORA_RANK": (1, math.inf), "LORA_ALPHA": (0, math.inf), "LORA_DROPOUT": (0.0, 0.99),
+    "LORA_RANK": (0, math.inf), "LORA_ALPHA": (0, math.inf), "LORA_DROPOUT": (0.0, 0.99),
     "LR": (1e-12, 1.0), "WARMUP_RATIO": (0.0, 1.0), "MIN_LR_RATIO": (0.0, 1.0), "WEIGHT_DECAY": (0.0, 1.0),
     "MAX_GRAD_NORM": (1e-12, math.inf),
     "MICRO_BSIZE": (1, math.inf), "GRAD_ACC": (1, math.inf),

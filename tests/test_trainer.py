@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import runpy
 import shutil
 import sys
@@ -73,8 +74,11 @@ def tensors(folder):
     return {name: weight for file in weight_files(folder) for name, weight in load_file(file).items()}
 
 
-def literal_training(base, pt_file, steps, size):
-    """Block-wise training in a plain loop: full logits, one forward pass per sample, torch's AdamW, no engine."""
+def literal_training(base, pt_file, steps, size, rank=4):
+    """Block-wise training in a plain loop: full logits, one forward pass per sample, torch's AdamW, no engine.
+
+    rank: of the adapters, 0 = all weights. Returns the numbers of each step, and the model.
+    """
     knobs = SimpleNamespace(**{k: v for k, v in vars(train_blockwise).items() if k.isupper()} | KNOBS)
     data = read(pt_file)
     lengths = torch.tensor([(sample["prompt_len"], len(sample["full_ids"])) for sample in data])
@@ -82,7 +86,8 @@ def literal_training(base, pt_file, steps, size):
     order = schedule(blocks, 1, knobs.SEED)
     model = llada.load_model(base, torch.float32)
     set_seed(knobs.SEED)
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=knobs.TARGET_MODS))
+    if rank:
+        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=knobs.TARGET_MODS))
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     log = []
@@ -108,15 +113,15 @@ def literal_training(base, pt_file, steps, size):
         optimizer.param_groups[0]["lr"] = knobs.LR * (1.0 if step <= warmup else cosine)
         optimizer.step()
         log.append((loss.item(), norm.item(), optimizer.param_groups[0]["lr"], int(supervised.sum())))
-    return log
+    return log, model
 
 
-@pytest.mark.parametrize("ranks, accumulation", [(1, 4), (2, 2)])
-def test_the_engine_does_what_a_plain_loop_does(trained, base, pt_file, ranks, accumulation):
+@pytest.mark.parametrize("ranks, accumulation, lora_rank", [(1, 4, 4), (2, 2, 4), (1, 4, 0), (2, 2, 0)])
+def test_the_engine_does_what_a_plain_loop_does(trained, base, pt_file, ranks, accumulation, lora_rank):
     """Same losses, gradient norms, learning rates and token counts, for any split of the global batch."""
-    folder = trained(ranks=ranks, GRAD_ACC=accumulation)
+    folder = trained(ranks=ranks, GRAD_ACC=accumulation, LORA_RANK=lora_rank)
     rows = read_csv(folder / "out/run_logs/metrics.csv")
-    literal = literal_training(base, pt_file, steps=53 // 8, size=8)
+    literal, _ = literal_training(base, pt_file, steps=53 // 8, size=8, rank=lora_rank)
     assert len(rows) == len(literal) == 6
     for row, (loss, norm, lr, supervised) in zip(rows, literal):
         assert float(row["loss"]) == pytest.approx(loss, abs=2e-4)
@@ -198,7 +203,7 @@ def test_gradient_checkpointing_runs_each_layer_again(base, checkpointing, passe
     """In the first step already: a loaded model is in evaluation mode, in which it would do nothing."""
     knobs = {k: v for k, v in vars(train_blockwise).items() if k.isupper()} | KNOBS
     knobs = SimpleNamespace(**knobs | {"GRADIENT_CHECKPOINTING": checkpointing})
-    model = engine.lora_model(base, knobs, Ranks(0, 1, 0, 1, torch.device("cpu")))
+    model = engine.load_model(base, knobs, Ranks(0, 1, 0, 1, torch.device("cpu")))
     layers, calls = model.base_model.model.model.layers, []
     for layer in layers:
         layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -281,6 +286,33 @@ def test_save_dtype_and_the_saved_adapters(trained, base):
         merged, adapted, untuned = (model(ids).logits for model in (merged, adapted, untuned))
     torch.testing.assert_close(adapted, merged, rtol=1e-4, atol=1e-4)
     assert (adapted - untuned).abs().max() > 0.1
+
+
+def test_full_fine_tuning_saves_the_trained_weights(trained, base, pt_file):
+    """Those of the plain loop, all of them, embeddings and norms too; and no adapters."""
+    knobs = {"ranks": 2, "GRAD_ACC": 2, "LORA_RANK": 0, "SAVE_DTYPE": "float32", "SAMPLE_EVERY": 3}
+    folder = trained(**knobs)
+    _, model = literal_training(base, pt_file, steps=53 // 8, size=8, rank=0)
+    before, after = tensors(base), tensors(folder / "out/run_step0006")
+    assert not (folder / "out/run_step0006/adapter").exists()
+    for name, weight in model.named_parameters():
+        name = llada.hub_name(name)
+        change = (after.pop(name) - before[name].float()).norm()
+        gap = (weight - tensors(folder / "out/run_step0006")[name]).norm()
+        assert change > 0 and gap < 0.02 * change, name
+    assert not after
+    output = folder.with_name(f"{folder.name}.output").read_text()
+    assert "100% of the update survived rounding to float32" in output and "parameters are trained" in output
+    assert "merged against unmerged" not in output
+    assert (folder / "out/run_logs/samples.jsonl").read_text().count("\n") == 2 * 4
+
+
+def test_full_fine_tuning_says_what_bf16_rounds_away(trained):
+    """The optimizer's fp32 weights are rounded in the model already, before the checkpoint is written."""
+    folder = trained(LORA_RANK=0, BF16=True, LR=1e-5, TOTAL_TRAIN_STEPS=2)
+    output = folder.with_name(f"{folder.name}.output").read_text()
+    kept = int(re.search(r"(\d+)% of the update survived rounding to bfloat16", output)[1])
+    assert kept < 30  # steps of 1e-5 on weights of 0.1, where neighbours in bf16 are 5e-4 apart
 
 
 # ---------------------------------------------------------------- bad input

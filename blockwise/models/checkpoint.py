@@ -1,7 +1,8 @@
-"""From LoRA adapters to a checkpoint like its base: the same tensor names, shards and side files, in SAVE_DTYPE.
+"""From trained weights to a checkpoint like its base: the same tensor names, shards and side files, in SAVE_DTYPE.
 
-Each shard of the base is read and written front to back, some rows of one tensor at a time, so memory stays at a few
-dozen MB whatever the model's size. Sums are made in fp32 and rounded once. The adapters themselves are saved in the
+LoRA adapters are merged into the base's weights; after full fine-tuning, the trained weights take their place. Each
+shard of the base is read and written front to back, some rows of one tensor at a time, so memory stays at a few dozen
+MB whatever the model's size. Sums are made in fp32 and rounded once. Adapters are also saved by themselves, in the
 folder adapter/ of the checkpoint, in PEFT's format.
 """
 
@@ -35,6 +36,9 @@ SAVED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # SAVE_DTYPE -
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf", ".onnx"}  # not side files
 ADAPTER = "adapter"  # folder in a checkpoint
 COMPARED = 4  # samples on which merged and unmerged logits are compared
+# what training gives for a weight: A (r, in), B (out, r) and scale of its adapter, which stand for scale * B @ A, or
+# the trained weight itself
+Update = tuple[Tensor, Tensor, float] | Tensor
 
 
 def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
@@ -44,8 +48,15 @@ def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
             yield llada.hub_name(name.removeprefix("base_model.model.") + ".weight"), layer
 
 
-def lora_factors(model: PeftModel) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """{weight name in the hub's files: (A (r, in), B (out, r), scale)} of a PEFT model."""
+def without_adapters(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
+    """The model itself; adapters, if it has some, are layers in it and still take part."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def updates(model: PeftModel | PreTrainedModel) -> dict[str, Update]:
+    """{weight name in the hub's files: its update} of all that is trained."""
+    if not isinstance(model, PeftModel):
+        return {llada.hub_name(name): weight.detach() for name, weight in model.named_parameters()}
     factors = {}
     for name, layer in lora_layers(model):
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -57,7 +68,7 @@ def lora_factors(model: PeftModel) -> dict[str, tuple[Tensor, Tensor, float]]:
 class Rounding:
     """What rounding to the checkpoint's dtype leaves of the update, over the merged weights."""
 
-    update: float = 0.0  # sum of squares of scale * B @ A
+    update: float = 0.0  # sum of squares of what training changed
     error: float = 0.0  # sum of squares of what rounding changed
     weights: int = 0
 
@@ -75,56 +86,59 @@ class Rounding:
 
 
 def merge_weights(
-    base: Path, out: Path, factors: dict, dtype: str = "bfloat16", part: int = 0, parts: int = 1
+    base: Path, out: Path, updates: dict[str, Update], dtype: str = "bfloat16", part: int = 0, parts: int = 1
 ) -> tuple[dict[str, dict], Rounding]:
-    """Writes shards part, part + parts, ... of `base` into the folder `out`, with `factors` merged in.
+    """Writes shards part, part + parts, ... of `base` into the folder `out`, with `updates` merged in.
 
-    factors: see lora_factors; dtype: a SAVE_DTYPE. With several processes, each takes another part. Every merged weight
-    is base + scale * B @ A in fp32, rounded once; if base and dtype agree, the other tensors stay the same to the bit.
-    Returns what a manifest says of the files, {name: see files.write}, and the Rounding. Raises InputError.
+    updates: see the function of this name; dtype: a SAVE_DTYPE. With several processes, each takes another part. Every
+    merged weight is base + scale * B @ A in fp32, rounded once, or the trained weight; if base and dtype agree, the
+    other tensors stay the same to the bit. Returns what a manifest says of the files, {name: see files.write}, and the
+    Rounding. Raises InputError.
     """
 
     def write_shard(shard):
         rounding = Rounding()
-        return shard.name, files.write(out / shard.name, merged_shard(shard, factors, SAVED[dtype], rounding)), rounding
+        return shard.name, files.write(out / shard.name, merged_shard(shard, updates, SAVED[dtype], rounding)), rounding
 
     with ThreadPoolExecutor(2) as pool:  # one adds while the other waits for the disk
         written = list(pool.map(write_shard, weight_files(base)[part::parts]))
     return {name: entry for name, entry, _ in written}, sum((rounding for *_, rounding in written), Rounding())
 
 
-def merged_shard(source: Path, factors: dict, dtype: str, rounding: Rounding) -> Iterator:
-    """Yields the bytes of a safetensors file anew: the same tensors in the same order, with `factors` merged in."""
+def merged_shard(source: Path, updates: dict[str, Update], dtype: str, rounding: Rounding) -> Iterator:
+    """Yields the bytes of a safetensors file anew: the same tensors in the same order, with `updates` merged in."""
     with open(source, "rb") as base:
         old = files.read_tensor_header(base)  # leaves `base` at the first tensor's data
         yield files.tensor_header({name: (dtype, tensor["shape"]) for name, tensor in old.items()})
         for name, tensor in old.items():
-            for chunk in merged_tensor(base, DTYPES[tensor["dtype"]], tensor["shape"], factors.get(name)):
-                yield rounded(chunk, name, DTYPES[dtype], factors.get(name), rounding)
+            for chunk in merged_tensor(base, DTYPES[tensor["dtype"]], tensor["shape"], updates.get(name)):
+                yield rounded(chunk, name, DTYPES[dtype], name in updates, rounding)
 
 
-def merged_tensor(base, dtype: torch.dtype, shape: list[int], factor: tuple | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Reads the next tensor of `base`, some rows at a time. Yields them as they are, and with (A, B, scale) added."""
+def merged_tensor(base, dtype: torch.dtype, shape: list[int], update: Update | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Reads the next tensor of `base`, some rows at a time. Yields them as they are, and as they are trained."""
     rows, width = shape[0], math.prod(shape[1:])
     step = max(1, CHUNK // width)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         data = bytearray(base.read((stop - start) * width * dtype.itemsize))
         chunk = merged = torch.frombuffer(data, dtype=dtype).view(stop - start, width)
-        if factor:
-            a, b, scale = factor
+        if isinstance(update, Tensor):
+            chunk, merged = chunk.to(update.device).float(), update[start:stop].float().view(chunk.shape)
+        elif update:
+            a, b, scale = update
             chunk = chunk.to(a.device).float()
             merged = torch.addmm(chunk, b[start:stop].float(), a.float(), alpha=scale)
         yield chunk, merged
 
 
-def rounded(chunk: tuple[Tensor, Tensor], name: str, dtype: torch.dtype, factor: tuple | None, rounding: Rounding):
+def rounded(chunk: tuple[Tensor, Tensor], name: str, dtype: torch.dtype, trained: bool, rounding: Rounding):
     """The bytes of a merged chunk in the checkpoint's dtype; adds what rounding changed to `rounding`."""
     old, merged = chunk
     result = merged.to(dtype)
     if dtype == torch.float16 and not result.isfinite().equal(merged.isfinite()):
         raise InputError(f"SAVE_DTYPE float16 cannot hold tensor {name}: it has values above 65504; use another.")
-    if factor:
+    if trained:
         difference = merged - old
         rounding.update += difference.square_().sum(dtype=torch.float64).item()  # in place, for memory
         rounding.error += torch.sub(result, merged, out=difference).square_().sum(dtype=torch.float64).item()

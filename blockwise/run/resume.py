@@ -1,8 +1,9 @@
 """Resume points: all that the next optimizer step needs besides the base model.
 
-{CKPT_DIR}_logs/resume_step0040/ holds, from each rank, its share of the fp32 adapters and of AdamW's moments
-(rank0.safetensors, ...), the logs as they were, and manifest.json: the scheduler, and the size and sha256 of each file.
-Random numbers are not in it, as those of a step come from (SEED, step). A point has its name only once it is whole.
+{CKPT_DIR}_logs/resume_step0040/ holds, from each rank, its share of the fp32 weights that are trained and of AdamW's
+moments (rank0.safetensors, ...), the logs as they were, and manifest.json: the scheduler, and the size and sha256 of
+each file. Random numbers are not in it, as those of a step come from (SEED, step). A point has its name only once it is
+whole.
 """
 
 import shutil
@@ -54,11 +55,11 @@ def file_of(ranks: Ranks) -> str:
 
 
 def state(engine) -> dict[str, torch.Tensor]:
-    """This rank's share of the fp32 adapters and of AdamW's state: {name: fp32 tensor}, the live ones."""
+    """This rank's share of what is trained, in fp32, and of AdamW's state: {name: fp32 tensor}, the live ones."""
     zero, tensors = engine.optimizer, {}
-    for i, adapters in enumerate(zero.single_partition_of_fp32_groups):
-        tensors[f"{i}.adapters"] = adapters.detach()
-        adam = zero.optimizer.state.get(adapters, {})  # empty before the first step that was applied
+    for i, weights in enumerate(zero.single_partition_of_fp32_groups):
+        tensors[f"{i}.adapters"] = weights.detach()  # or all weights; the name is that of older resume points
+        adam = zero.optimizer.state.get(weights, {})  # empty before the first step that was applied
         tensors |= {f"{i}.{name}": tensor for name, tensor in adam.items()}
     return tensors
 
@@ -108,9 +109,9 @@ def problem(point: Path, ranks: Ranks, engine) -> str | None:
             sizes = {
                 name: (tensor["dtype"], tensor["shape"]) for name, tensor in files.read_tensor_header(file).items()
             }
-        for i, adapters in enumerate(engine.optimizer.single_partition_of_fp32_groups):
-            if sizes.get(f"{i}.adapters") != ("F32", list(adapters.shape)):
-                raise ValueError(f"{file_of(ranks)} does not hold the adapters of this run")
+        for i, weights in enumerate(engine.optimizer.single_partition_of_fp32_groups):
+            if sizes.get(f"{i}.adapters") != ("F32", list(weights.shape)):
+                raise ValueError(f"{file_of(ranks)} does not hold the trained weights of this run")
     except (OSError, ValueError, KeyError, TypeError) as error:
         return str(error)
 
@@ -119,12 +120,12 @@ def restore(engine, tensors: dict[str, torch.Tensor], scheduler: dict) -> None:
     """Puts the tensors of `state` back into the engine, its parameters included, and the scheduler's state."""
     zero = engine.optimizer
     adam = zero.optimizer.state_dict()
-    for i, adapters in enumerate(zero.single_partition_of_fp32_groups):
+    for i, weights in enumerate(zero.single_partition_of_fp32_groups):
         mine = {name.removeprefix(f"{i}."): value for name, value in tensors.items() if name.startswith(f"{i}.")}
-        adapters.data.copy_(mine.pop("adapters"))
+        weights.data.copy_(mine.pop("adapters"))
         adam["state"][i] = mine
     zero.optimizer.load_state_dict(adam)
-    zero.update_lp_params()  # the parameters are the adapters of all ranks, in the model's dtype
+    zero.update_lp_params()  # the parameters are the weights of all ranks, in the model's dtype
     engine.lr_scheduler.load_state_dict(scheduler)
     for group, lr in zip(zero.param_groups, engine.lr_scheduler.get_last_lr()):
         group["lr"] = lr

@@ -96,3 +96,13 @@ def test_nothing_is_renamed_before_it_is_on_the_disk(uninterrupted):
         elif kind in ("step", "os.remove"):  # what was there before may go only now
             assert not unsure, event
     assert renames == 1 + 4 + 2 + 4  # constants, resume points, checkpoints, resume points that go
+
+
+def test_full_fine_tuning_stopped_and_resumed(forked, uninterrupted, tmp_path, record_property):
+    record_property("fault", "stops at a chosen moment")
+    knobs = SETUPS["2 ranks"] | {"LORA_RANK": 0, "LORA_DROPOUT": 0.0}
+    reference = uninterrupted(**knobs)
+    stopped = forked(tmp_path / "run", **knobs, faults={"at": ["stepped 2", signal.SIGTERM]})
+    assert set(stopped.codes) == {75}, stopped.output
+    assert not any(forked(tmp_path / "run", **knobs, RESUME=True).codes)
+    check_finished(tmp_path / "run/out", reference / "out")

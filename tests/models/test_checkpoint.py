@@ -41,7 +41,7 @@ def tuned_model(base, dtype=torch.float32, std=0.05):
 def save(model, base, out, dtype="bfloat16", parts=1):
     """Writes a checkpoint in parts; returns the Rounding of all."""
     out.mkdir()
-    factors, rounding, shards = checkpoint.lora_factors(model), checkpoint.Rounding(), []
+    factors, rounding, shards = checkpoint.updates(model), checkpoint.Rounding(), []
     for part in range(parts):
         written, more = checkpoint.merge_weights(base, out, factors, dtype, part, parts)
         rounding += more
