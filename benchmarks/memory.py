@@ -59,6 +59,8 @@ def main():
     print(f"base {base:,} parameters x 2 bytes = {base * 2 / GB:.1f} GB")
     print(f"adapters {lora:,} x 2 bytes = {lora * 2 / GB:.2f} GB, their gradients as much")
     print(f"optimizer {lora:,} x 12 bytes (fp32 copy, two moments) = {lora * 12 / GB:.1f} GB / GPUs")
+    print(f"full fine-tuning: the base, and {base:,} x (2 + 12) bytes of gradients and optimizer", end=" ")
+    print(f"= {base * 14 / GB:.0f} GB / GPUs; 12 of the 14 bytes are in a resume point: {base * 12 / GB:.0f} GB")
     per_token = {dropout: saved_bytes_per_token(config, dropout) for dropout in (0.0, defaults.LORA_DROPOUT)}
     for dropout, size in per_token.items():
         print(f"a layer saves {size / 1e3:.0f} kB per token with LORA_DROPOUT={dropout}")

@@ -100,7 +100,7 @@ CLAIMS = {
         for what, tail in (("answer only", False), ("EOS tail", True))
     ],
     "K4": [
-        Setting(f"{name}, {what}", script, {"BOUND_WEIGHTS": bound}, against=f"{name}, masked mean")
+        Setting(f"{name}, {what}", script, {"BOUND_WEIGHTS": bound}, against=f"{name}, masked mean" if bound else "")
         for name, script in BOTH
         for what, bound in (("masked mean", False), ("1/p", True))
     ],
@@ -110,7 +110,7 @@ CLAIMS = {
         for steps in (8, 4, 2, 1)
     ],
     "K6": [
-        Setting(f"{name}, dropout {rate}", script, {"LORA_DROPOUT": rate}, against=f"{name}, dropout 0.0")
+        Setting(f"{name}, dropout {rate}", script, {"LORA_DROPOUT": rate}, against=f"{name}, dropout 0.0" if rate else "")
         for name, script in BOTH
         for rate in (0.0, 0.05)
     ],
