@@ -133,11 +133,12 @@ def load_problems(args: argparse.Namespace) -> list[dict[str, str]]:
 def encode(name: str, problems: list[dict], settings: Settings) -> list[list[int]]:
     """Checks a model without loading it. Returns the problems as prompts, lists of ids. Raises InputError."""
     from blockwise.decoding import decode
-    from blockwise.models import hub, llada
+    from blockwise.models import base as models
+    from blockwise.models import hub
 
     folder = hub.local_folder(name)
-    config = llada.load_config(folder)
-    llada.check_tensors(folder, config)
+    config = models.load_config(folder)
+    models.check_tensors(folder, config)
     tokenizer = hub.load_tokenizer(folder)
     prompts = [prompt_ids(tokenizer, [user_message(problem["question"])]) for problem in problems]
     decode.make_canvas(config, prompts, settings.gen_length, "cpu")

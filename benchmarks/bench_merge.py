@@ -23,10 +23,10 @@ from safetensors import safe_open
 
 from benchmarks import common
 from blockwise.cli import progress
-from blockwise.engine import LINEARS
 from blockwise.models import checkpoint, llada
 from blockwise.models.hub import weight_files
 from experiments.make_base import make_config
+from train_blockwise import TARGET_MODS
 
 
 def make(folder, gigabytes, d_model, vocab_size):
@@ -36,7 +36,7 @@ def make(folder, gigabytes, d_model, vocab_size):
     torch.manual_seed(0)
     model = llada.LLaDAForCausalLM(make_config(vocab_size, d_model, n_layers)).to(torch.bfloat16)
     model.save_pretrained(folder / "base", max_shard_size="400MB")
-    config = LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, init_lora_weights=False)
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=TARGET_MODS, init_lora_weights=False)
     model = get_peft_model(model, config, autocast_adapter_dtype=False)
     model.save_pretrained(folder / "adapter")
     torch.save(checkpoint.updates(model), folder / "factors.pt")

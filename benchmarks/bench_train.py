@@ -24,6 +24,7 @@ import masking
 from benchmarks import common
 from blockwise import engine
 from blockwise.run.ranks import Ranks
+from train_blockwise import TARGET_MODS
 
 BLOCK, EPS, MASK, ROWS = 32, 1e-3, 4, 64
 
@@ -61,7 +62,7 @@ class Trainer:
         self.args, self.device = args, device
         model = common.random_model(args, device)
         self.config = model.config
-        lora = LoraConfig(r=args.rank, target_modules=engine.LINEARS)
+        lora = LoraConfig(r=args.rank, target_modules=TARGET_MODS)
         self.model = get_peft_model(model, lora, autocast_adapter_dtype=False)
         self.model.train()  # without dropout this changes nothing but to allow checkpointing
         engine.compile_layers(self.model)  # nothing is compiled before the first call

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 
-from blockwise import engine
 from blockwise.cli import progress
 from blockwise.models import llada
 from experiments.make_base import make_config
+from train_blockwise import TARGET_MODS
 
 LLADA_8B = {
     "model_type": "llada", "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "mlp_hidden_size": 12288,
@@ -56,7 +56,7 @@ def parameters(config, rank):
     with torch.device("meta"):
         model = llada.LLaDAForCausalLM(config)
         base = model.num_parameters()
-        model = get_peft_model(model, LoraConfig(r=rank, target_modules=engine.LINEARS))
+        model = get_peft_model(model, LoraConfig(r=rank, target_modules=TARGET_MODS))
     return base, model.num_parameters(only_trainable=True)
 
 

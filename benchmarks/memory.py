@@ -12,7 +12,6 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 import train_blockwise as defaults
 from benchmarks.common import LLADA_8B, parameters
-from blockwise.engine import LINEARS
 from blockwise.models import llada
 
 GB = 1e9
@@ -34,7 +33,7 @@ def saved_bytes_per_token(config, dropout, tokens=16):
     """Bytes that one adapted layer keeps for its backward pass, per token, in bf16; each storage counted once."""
     config._attn_implementation = "sdpa"
     torch.set_default_dtype(torch.bfloat16)
-    lora = LoraConfig(r=defaults.LORA_RANK, lora_dropout=dropout, target_modules=LINEARS)
+    lora = LoraConfig(r=defaults.LORA_RANK, lora_dropout=dropout, target_modules=defaults.TARGET_MODS)
     model = get_peft_model(OneLayer(config), lora, autocast_adapter_dtype=False)
     torch.set_default_dtype(torch.float32)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}

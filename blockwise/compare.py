@@ -22,7 +22,8 @@ def main():
     import torch  # only now: a mistyped flag is reported without waiting for it
 
     from blockwise.data import make_samples, read_pt
-    from blockwise.models import checkpoint, hub, llada
+    from blockwise.models import base as models
+    from blockwise.models import checkpoint, hub
     from blockwise.run.ranks import Ranks
 
     adapter = Path(args.checkpoint) / checkpoint.ADAPTER
@@ -32,7 +33,7 @@ def main():
         )
     data = read_pt(args.data)
     base = hub.local_folder(args.base or checkpoint.adapter_config(adapter).base_model_name_or_path)
-    model = llada.load_model(base, torch.float32, Ranks.from_environment().device)
+    model = models.load_model(base, torch.float32, Ranks.from_environment().device)
     config, mask_id = model.config, model.config.mask_token_id
     if mask_id is None or config.pad_token_id is None:
         raise InputError(f"{base}/config.json lacks mask_token_id or pad_token_id.")

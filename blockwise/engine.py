@@ -11,25 +11,26 @@ import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from blockwise.cli import InputError
-from blockwise.models import checkpoint, llada
+from blockwise.models import base as models
+from blockwise.models import checkpoint
 from blockwise.run import files
 from blockwise.run.ranks import Ranks, print0
 
-LINEARS = sorted(name.rpartition(".")[2] for name in llada.MODULES.values() if name.endswith("_proj"))
 CONFIG_FILE = "ds_zero2.json"
 
 
-def check_model(folder: Path, knobs: SimpleNamespace) -> llada.LLaDAConfig:
+def check_model(folder: Path, knobs: SimpleNamespace) -> PreTrainedConfig:
     """Checks the base against the knobs, before anything large is read. Returns its config. Raises InputError."""
-    for name in knobs.TARGET_MODS:
-        if name not in LINEARS:
-            raise InputError(f"TARGET_MODS: {name!r} matches no layer of the model; choose from {', '.join(LINEARS)}.")
-    config = llada.load_config(folder)
-    llada.check_tensors(folder, config)
+    config = models.load_config(folder)
+    models.check_tensors(folder, config)
+    linears = models.linear_names(config)
+    for name in knobs.TARGET_MODS if knobs.LORA_RANK else []:
+        if name not in linears:
+            raise InputError(f"TARGET_MODS: {name!r} matches no layer of the model; choose from {', '.join(linears)}.")
     if config.mask_token_id not in (None, knobs.MASK_ID):
         raise InputError(f"MASK_ID={knobs.MASK_ID}, but {folder}/config.json has mask_token_id {config.mask_token_id}.")
     if config.vocab_size <= knobs.MASK_ID:
@@ -50,7 +51,7 @@ def load_model(folder: Path, knobs: SimpleNamespace, ranks: Ranks) -> PeftModel 
     """The base in training mode, the same on every rank: with adapters in its own dtype, or all weights trained."""
     if ranks.rank:
         transformers.utils.logging.disable_progress_bar()
-    model = llada.load_model(folder, torch.bfloat16 if knobs.BF16 else torch.float32, ranks.device)
+    model = models.load_model(folder, torch.bfloat16 if knobs.BF16 else torch.float32, ranks.device)
     if knobs.GRADIENT_CHECKPOINTING:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     transformers.set_seed(knobs.SEED)
@@ -81,7 +82,7 @@ def add_adapters(model: PreTrainedModel, knobs: SimpleNamespace, ranks: Ranks) -
 def compile_layers(model: torch.nn.Module) -> None:
     """Lets torch compile each decoder layer at its first call; previews have other shapes and compile again."""
     for module in model.modules():
-        if isinstance(module, LlamaDecoderLayer):
+        if isinstance(module, GradientCheckpointingLayer):
             module.compile()
 
 

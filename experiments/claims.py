@@ -110,9 +110,9 @@ CLAIMS = {
         for steps in (8, 4, 2, 1)
     ],
     "K6": [
-        Setting(f"{name}, dropout {rate}", script, {"LORA_DROPOUT": rate}, against=f"{name}, dropout 0.0" if rate else "")
+        Setting(f"{name}, dropout {rate}", script, {"LORA_DROPOUT": rate}, against=against)
         for name, script in BOTH
-        for rate in (0.0, 0.05)
+        for rate, against in ((0.0, ""), (0.05, f"{name}, dropout 0.0"))
     ],
     "N1": [
         Setting("base, rule 1", "", task=LAG[1], against=None),

@@ -89,11 +89,12 @@ def adapter(tmp_path_factory, base):
     """A folder of LoRA adapters on the base, as in a checkpoint's folder adapter/, with which answers are others."""
     from peft import LoraConfig, get_peft_model
 
-    from blockwise.models import checkpoint, llada
+    from blockwise.models import base as models
+    from blockwise.models import checkpoint
 
     torch.manual_seed(2)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    model = get_peft_model(llada.load_model(base, torch.float32), config, autocast_adapter_dtype=False)
+    model = get_peft_model(models.load_model(base, torch.float32), config, autocast_adapter_dtype=False)
     folder = tmp_path_factory.mktemp("run_step0004") / "adapter"
     checkpoint.save_adapter(model, str(base), folder)
     return folder
@@ -104,9 +105,9 @@ def adapted(base, adapter):
     """The base with those adapters, loaded by PEFT itself, in fp32 and evaluation mode."""
     from peft import PeftModel
 
-    from blockwise.models import llada
+    from blockwise.models import base as models
 
-    return PeftModel.from_pretrained(llada.load_model(base, torch.float32), adapter).get_base_model().eval()
+    return PeftModel.from_pretrained(models.load_model(base, torch.float32), adapter).get_base_model().eval()
 
 
 @pytest.fixture(scope="session")

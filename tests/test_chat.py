@@ -18,7 +18,7 @@ from conftest import ROOT, run
 import chat
 from blockwise.decoding import decode
 from blockwise.decoding.settings import Settings
-from blockwise.models import llada
+from blockwise.models import base as models
 from blockwise.prompts import prompt_ids
 
 MASK, ENDS = 4, [1, 7]
@@ -73,7 +73,7 @@ def test_an_answer_higher_than_the_terminal_is_drawn_in_it_and_printed_whole_at_
     terminal.wait_for("> ")
     terminal.type("Ada has 3 pens.\n")
     seen = terminal.wait_for("\n> ")
-    model = llada.load_model(base, torch.float32).eval()
+    model = models.load_model(base, torch.float32).eval()
     prompt = prompt_ids(tokenizer, [{"role": "user", "content": "Ada has 3 pens."}])
     ids, _ = decode.decode(model, [prompt], Settings(48, 48, 24))
     answer = decode.completion(tokenizer, ids[0].tolist(), ENDS)
@@ -91,7 +91,7 @@ def test_lines_of_a_pipe_are_turns_and_answers_come_block_by_block(base, tokeniz
     command = [sys.executable, str(ROOT / "chat.py"), "--model", str(base), *flags]
     done = subprocess.run(command, input="Ada has 3 pens.\n\nAnd now?\n", capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    model, messages, wanted = llada.load_model(base, torch.float32).eval(), [], []
+    model, messages, wanted = models.load_model(base, torch.float32).eval(), [], []
     for text in ("Ada has 3 pens.", "And now?"):
         messages.append({"role": "user", "content": text})
         ids, _ = decode.decode(model, [prompt_ids(tokenizer, messages)], Settings(24, 8, 24))
@@ -109,7 +109,7 @@ def test_with_an_adapter_answers_are_those_of_base_and_adapters(base, adapter, a
     done = subprocess.run(command, input="Ada has 3 pens.\n", capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     prompt, said = prompt_ids(tokenizer, [{"role": "user", "content": "Ada has 3 pens."}]), []
-    for model in (adapted, llada.load_model(base, torch.float32).eval()):
+    for model in (adapted, models.load_model(base, torch.float32).eval()):
         ids, _ = decode.decode(model, [prompt], Settings(16, 16, 16))
         said.append("block 1  " + tokenizer.decode(ids[0], skip_special_tokens=True).replace("\n", "⏎") + "\n")
     assert done.stdout == said[0] != said[1]
@@ -136,7 +136,7 @@ def test_drawing_shows_what_is_written_and_the_masks_of_its_block(tokenizer):
 
 
 def test_a_long_conversation_loses_its_oldest_turns_only(base, tokenizer, capsys):
-    model = llada.load_model(base, torch.float32)
+    model = models.load_model(base, torch.float32)
     turn = [{"role": "user", "content": "pens " * 30}, {"role": "assistant", "content": "shells " * 30}]
     conversation = [*turn * 3, {"role": "user", "content": "And now?"}]
     messages, ids = chat.fit(conversation, model, tokenizer, Settings(512, 32, 512))

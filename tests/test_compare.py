@@ -9,7 +9,7 @@ from conftest import run
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from blockwise.models import llada
+from blockwise.models import base as models
 from blockwise.models.hub import weight_files
 
 SCRIPT = "blockwise.compare"  # of the fixture `call`
@@ -42,9 +42,9 @@ def gap_of_first_samples(base, checkpoint, pt_file):
     for row, sample in zip(answer, samples):
         row[sample["prompt_len"] : len(sample["full_ids"])] = True
     inputs[answer] = 4  # as decoding first sees them
-    models = llada.load_model(base, torch.float32), llada.load_model(checkpoint, torch.float32)
-    untuned, merged = (model(inputs).logits[answer] for model in models)
-    tuned = PeftModel.from_pretrained(models[0], checkpoint / "adapter").eval()(inputs).logits[answer]
+    both = models.load_model(base, torch.float32), models.load_model(checkpoint, torch.float32)
+    untuned, merged = (model(inputs).logits[answer] for model in both)
+    tuned = PeftModel.from_pretrained(both[0], checkpoint / "adapter").eval()(inputs).logits[answer]
     gap, same = (merged - tuned).abs(), (merged.argmax(-1) == tuned.argmax(-1)).double().mean()
     moved = (tuned - untuned).abs().mean()
     return [gap.mean().item(), gap.max().item(), 100 * same.item(), len(tuned), moved.item()]

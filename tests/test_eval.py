@@ -15,7 +15,7 @@ from conftest import ROOT, launch, locked, problems, run
 from blockwise import prompts
 from blockwise.decoding import decode
 from blockwise.decoding.settings import Settings
-from blockwise.models import llada
+from blockwise.models import base as models
 
 SHORT = ("--gen_length", 16, "--block_length", 8, "--steps", 8, "--batch_size", 4)
 
@@ -45,7 +45,7 @@ def whole(base, data, tmp_path_factory):
 
 
 def test_each_line_is_what_decoding_gives(whole, base, tokenizer):
-    rows, model = answers(whole[0]), llada.load_model(base, torch.float32).eval()
+    rows, model = answers(whole[0]), models.load_model(base, torch.float32).eval()
     assert [row["problem"] for row in rows] == list(range(22))
     for row, problem in zip(rows, problems(22, 5)):
         assert (row["question"], row["gold"]) == (problem["query"], problem["response"])

@@ -9,7 +9,7 @@ from conftest import run
 
 from blockwise.decoding import decode
 from blockwise.decoding.settings import Settings
-from blockwise.models import llada
+from blockwise.models import base as models
 
 SHORT = ("--gen_length", 16, "--block_length", 8, "--steps", 16)
 
@@ -22,7 +22,7 @@ def test_answers_are_those_of_decode_in_the_order_of_the_prompts(base, tokenizer
     code, _, err = call("--model", base, *files, *SHORT, *["--raw"] * raw)
     assert code == 0, err
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    model = llada.load_model(base, torch.float32).eval()
+    model = models.load_model(base, torch.float32).eval()
     for prompt, row in zip(prompts, rows, strict=True):
         turn = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n" + prompt
         turn += "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -37,7 +37,7 @@ def test_with_an_adapter_answers_are_those_of_base_and_adapters(base, adapter, a
     code, _, err = call("--model", base, "--adapter", adapter, *files, *SHORT)
     assert code == 0, err
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    plain, prompts = llada.load_model(base, torch.float32).eval(), ["Ada has 3 pens.", "Gus ö"]
+    plain, prompts = models.load_model(base, torch.float32).eval(), ["Ada has 3 pens.", "Gus ö"]
     for row, prompt in zip(rows, prompts, strict=True):
         ids = [tokenizer(prompt)["input_ids"]]
         wanted, untuned = (decode.decode(model, ids, Settings(16, 8, 16))[0][0].tolist() for model in (adapted, plain))
@@ -63,7 +63,7 @@ def test_one_prompt_is_answered_on_the_screen(base):
 
 
 def test_completion_ends_where_the_answer_does(base, tokenizer):
-    ends = decode.end_ids(llada.load_model(base), tokenizer)
+    ends = decode.end_ids(models.load_model(base), tokenizer)
     assert ends == [1, 7]
     ids = tokenizer("3 + 4 = 7")["input_ids"]
     assert (

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
 import masking
-from blockwise.models import llada
+from blockwise.models import base as models
 
 
 def full_logits_loss(logits, ids, supervised):
@@ -29,7 +29,7 @@ def test_same_loss_and_gradients_as_full_logits(base, method):
     else:
         masked, supervised, _ = masking.full_sequence_masks(prompt_len, length, 40, **draw)
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
-    model = get_peft_model(llada.load_model(base, torch.float32), config)
+    model = get_peft_model(models.load_model(base, torch.float32), config)
     for name, weight in model.named_parameters():
         if "lora_B" in name:  # 0 at first, and with it the gradient of A
             torch.nn.init.normal_(weight, std=0.05)

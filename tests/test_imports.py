@@ -153,9 +153,9 @@ AUTO = "from transformers import AutoModelForCausalLM"
 )
 def test_importing_blockwise_registers_llada(base, tmp_path, code):
     """Before or after transformers, and however that comes to be imported, or only looked for."""
-    from blockwise.models import llada
+    from blockwise.models import base as models
 
-    number = sum(weight.numel() for weight in llada.load_model(base).parameters())
+    number = sum(weight.numel() for weight in models.load_model(base).parameters())
     found = python(code + LOAD, base, cwd=tmp_path)
     assert found.split() == ["blockwise.models.llada", "LLaDAForCausalLM", "torch.bfloat16", str(number)]
 

@@ -24,6 +24,7 @@ from blockwise.cli import InputError
 from blockwise.data import Samples, derive_seed, make_samples, schedule
 from blockwise.decoding import decode
 from blockwise.decoding.settings import Settings
+from blockwise.models import base as models
 from blockwise.models import llada
 from blockwise.models.hub import weight_files
 from blockwise.previews import Previews
@@ -84,7 +85,7 @@ def literal_training(base, pt_file, steps, size, rank=4):
     lengths = torch.tensor([(sample["prompt_len"], len(sample["full_ids"])) for sample in data])
     blocks = torch.tensor([math.ceil((end - start) / knobs.BLOCK_SIZE) for start, end in lengths.tolist()])
     order = schedule(blocks, 1, knobs.SEED)
-    model = llada.load_model(base, torch.float32)
+    model = models.load_model(base, torch.float32)
     set_seed(knobs.SEED)
     if rank:
         model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=knobs.TARGET_MODS))
@@ -212,7 +213,9 @@ def test_gradient_checkpointing_runs_each_layer_again(base, checkpointing, passe
 
 
 def test_previews_are_decoded_with_the_adapters(base, pt_file, tokenizer):
-    model = get_peft_model(llada.load_model(base, torch.float32), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    model = get_peft_model(
+        models.load_model(base, torch.float32), LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
+    )
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.3)

@@ -16,7 +16,8 @@ from transformers import DynamicCache
 
 from blockwise.cli import InputError
 from blockwise.decoding.settings import Settings
-from blockwise.models import hub, llada
+from blockwise.models import base as models
+from blockwise.models import hub
 
 
 def load(name: str, dtype: str, device: torch.device, adapter: str | None = None):
@@ -29,7 +30,7 @@ def load(name: str, dtype: str, device: torch.device, adapter: str | None = None
     tokenizer = hub.load_tokenizer(folder)
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
-    model = llada.load_model(folder, dtype if dtype == "auto" else getattr(torch, dtype), device)
+    model = models.load_model(folder, dtype if dtype == "auto" else getattr(torch, dtype), device)
     if adapter:
         from blockwise.models import checkpoint  # only now: importing peft takes seconds
 

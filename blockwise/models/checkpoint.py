@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 import masking
 from blockwise.cli import InputError
-from blockwise.models import llada
+from blockwise.models import base as models
 from blockwise.models.hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, adapter_files, reason, weight_files
 from blockwise.run import files
 from blockwise.run.tensors import DTYPES, content_of
@@ -45,7 +45,7 @@ def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
     """Yields (name of the weight in the hub's files, LoRA layer) for every adapted layer of a PEFT model."""
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
-            yield llada.hub_name(name.removeprefix("base_model.model.") + ".weight"), layer
+            yield models.file_name(model.config, name.removeprefix("base_model.model.") + ".weight"), layer
 
 
 def without_adapters(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
@@ -56,10 +56,11 @@ def without_adapters(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
 def updates(model: PeftModel | PreTrainedModel) -> dict[str, Update]:
     """{weight name in the hub's files: its update} of all that is trained."""
     if not isinstance(model, PeftModel):
-        return {llada.hub_name(name): weight.detach() for name, weight in model.named_parameters()}
+        return {models.file_name(model.config, name): weight.detach() for name, weight in model.named_parameters()}
     factors = {}
     for name, layer in lora_layers(model):
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        a, b = (b.T, a.T) if layer.fan_in_fan_out else (a, b)  # GPT-2 keeps its weights transposed
         factors[name] = (a.detach(), b.detach(), layer.scaling["default"])
     return factors
 

@@ -5,22 +5,14 @@ keys and tensors (GSAI-ML/LLaDA-8B-Instruct: config.json, modeling_llada.py). Im
 type `llada`, so that `AutoModelForCausalLM.from_pretrained(folder, dtype="auto")` and `AutoTokenizer` work as usual.
 """
 
-import json
 import re
-import sys
-from pathlib import Path
 
-import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from blockwise.cli import InputError
-from blockwise.models import hub
-from blockwise.run.files import TENSOR_BYTES
 
 if int(transformers.__version__.split(".")[0]) < 5:
     raise ImportError("blockwise needs transformers >= 5: earlier versions ignore is_causal and would stay causal")
@@ -120,65 +112,3 @@ def hub_name(tensor: str) -> str:
     if layer:
         return names[module.replace(layer[0], ".{i}.")].replace("{i}", layer[1]) + "." + kind
     return names[module] + "." + kind
-
-
-def load_config(folder: str | Path) -> LLaDAConfig:
-    """The config of the LLaDA checkpoint in a folder. Raises InputError if it is not one."""
-    path = Path(folder) / "config.json"
-    try:
-        model_type = json.loads(path.read_text())["model_type"]
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; a LLaDA checkpoint has one.") from None
-    except (ValueError, TypeError, KeyError):
-        raise InputError(f"{path} is not a JSON object with a model_type.") from None
-    if model_type != "llada":
-        raise InputError(f"{path}: model_type is {model_type!r}; only 'llada' checkpoints can be used.")
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except InputError as error:
-        raise InputError(f"{folder}: {error}") from error
-    except (StrictDataclassError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise InputError(f"{path} has a value that no LLaDA has: {hub.reason(error)}") from error
-
-
-def check_tensors(folder: str | Path, config: LLaDAConfig) -> None:
-    """Compares the names and shapes in a checkpoint's files with what the config needs, before anything is loaded."""
-    found = {}
-    for file in hub.weight_files(folder):
-        try:
-            with safe_open(file, "pt") as tensors:
-                found |= {name: (tensors.get_slice(name), file.name) for name in tensors.offset_keys()}
-        except SafetensorError as error:
-            raise InputError(f"{file} is damaged ({error}); fetch the model again.") from error
-    with torch.device("meta"):
-        model = LLaDAForCausalLM(config)
-    needed = {hub_name(name): list(tensor.shape) for name, tensor in model.named_parameters()}
-    for name, shape in needed.items():
-        if name not in found:
-            raise InputError(f"{folder}: tensor {name} is missing from its safetensors files.")
-        tensor, file = found[name]
-        if tensor.get_shape() != shape:
-            raise InputError(f"{folder}/{file}: tensor {name} is {tensor.get_shape()}, its config says {shape}.")
-        if tensor.get_dtype() not in TENSOR_BYTES:
-            raise InputError(
-                f"{folder}/{file}: tensor {name} is {tensor.get_dtype()}; quantized weights cannot be used."
-            )
-    for name, (_, file) in found.items():
-        if name not in needed:
-            raise InputError(f"{folder}/{file}: unexpected tensor {name}; a LLaDA of this config has none.")
-
-
-def load_model(
-    folder: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
-) -> LLaDAForCausalLM:
-    """Loads a checkpoint folder in the hub's format, every tensor checked by name and shape. Raises InputError."""
-    config = load_config(folder)
-    check_tensors(folder, config)
-    if not sys.stderr.isatty():  # a bar that is redrawn would fill the file
-        transformers.utils.logging.disable_progress_bar()
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, device_map={"": device}, output_loading_info=True, trust_remote_code=False
-    )
-    if info["missing_keys"] or info["unexpected_keys"]:  # transformers would continue, with random weights
-        raise RuntimeError(f"this version of transformers did not rename the tensors of {folder}: {info}")
-    return model

@@ -21,7 +21,8 @@ import train_blockwise
 from blockwise import knobs
 from blockwise.cli import InputError
 from blockwise.data import make_samples, read_pt
-from blockwise.models import checkpoint, llada
+from blockwise.models import base as models
+from blockwise.models import checkpoint
 from blockwise.run import signals
 
 TRAINERS = {name: knobs.describe(ROOT / name) for name in ("train_blockwise.py", "train_fullseq.py")}
@@ -184,7 +185,7 @@ def test_the_other_scripts(refused, record_property, base, pt_file, script, flag
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules", "ignore:The PEFT config's")
 def test_comparing_with_a_base_that_has_moved_or_a_checkpoint_without_weights(refused, base, pt_file, record_property):
     record_property("fault", "bad inputs")
-    model = get_peft_model(llada.load_model(base), LoraConfig(target_modules=["q_proj"]))
+    model = get_peft_model(models.load_model(base), LoraConfig(target_modules=["q_proj"]))
     Path("checkpoint").mkdir()
     checkpoint.save_adapter(model, "moved", Path("checkpoint/adapter"))
     flags = ("--checkpoint", "checkpoint", "--data", pt_file)

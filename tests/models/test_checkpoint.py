@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from blockwise.cli import InputError
 from blockwise.decoding import decode
+from blockwise.models import base as models
 from blockwise.models import checkpoint, llada
 from blockwise.models.hub import weight_files
 from blockwise.run import files
@@ -31,7 +32,7 @@ def tuned_model(base, dtype=torch.float32, std=0.05):
     """The base with adapters that matter: PEFT starts with B = 0."""
     torch.manual_seed(1)
     config = LoraConfig(r=4, lora_alpha=12, lora_dropout=0.1, target_modules=TARGETS)
-    model = get_peft_model(llada.load_model(base, dtype), config, autocast_adapter_dtype=False)
+    model = get_peft_model(models.load_model(base, dtype), config, autocast_adapter_dtype=False)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=std)
@@ -184,7 +185,7 @@ def test_same_files_layout_and_side_files(base, tmp_path):
 
 def test_a_base_in_another_dtype_becomes_bf16(base, tmp_path):
     folder = tmp_path / "fp32"
-    model = llada.load_model(base, torch.float32)
+    model = models.load_model(base, torch.float32)
     model.save_pretrained(folder, max_shard_size="150KB")
     save(tuned_model(folder), folder, tmp_path / "merged")
     merged = tensors(tmp_path / "merged")
@@ -204,7 +205,7 @@ def test_loaded_back_it_computes_what_base_and_adapters_computed(base, tmp_path)
     with torch.no_grad():
         tuned, untuned, loaded = (
             model(ids).logits,
-            llada.load_model(base, torch.float32)(ids).logits,
+            models.load_model(base, torch.float32)(ids).logits,
             merged(ids).logits,
         )
     rounding = (loaded - tuned).abs().mean()
@@ -247,7 +248,7 @@ def test_logit_gap_measures_the_file_and_leaves_the_model_alone(base, tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     sentence = checkpoint.logit_gap(model, base, tmp_path / "merged", ids, prompt_len, length, 4)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    loaded, inputs = llada.load_model(tmp_path / "merged", torch.float32), ids.clone()
+    loaded, inputs = models.load_model(tmp_path / "merged", torch.float32), ids.clone()
     inputs[0, 3:16] = inputs[1, 5:12] = 4  # as decoding first sees them: the answers masked
     with torch.no_grad():
         gap = (loaded(inputs).logits - model(inputs).logits).abs()
@@ -351,8 +352,9 @@ SAVE_ADAPTER = """
 import sys, torch
 from pathlib import Path
 from peft import LoraConfig, get_peft_model
+from blockwise.models import base as models
 from blockwise.models import checkpoint, llada
-model = llada.load_model(sys.argv[1], torch.float32)
+model = models.load_model(sys.argv[1], torch.float32)
 torch.manual_seed(0)
 targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 model = get_peft_model(model, LoraConfig(r=4, target_modules=targets), autocast_adapter_dtype=False)
@@ -397,13 +399,13 @@ def refusal(model, folder):
 
 @pytest.mark.parametrize("change", [{"n_layers": 1}, {"mlp_hidden_size": 128}, {"n_layers": 3}], ids=str)
 def test_adapters_of_another_base_are_refused(base, adapter, change):
-    config = copy.deepcopy(llada.load_config(base)).to_dict() | change
+    config = copy.deepcopy(models.load_config(base)).to_dict() | change
     model = llada.LLaDAForCausalLM(llada.LLaDAConfig.from_dict(config))
     assert "give the base it names" in refusal(model, adapter)
 
 
 def test_adapters_of_another_rank_or_other_layers_are_refused(base, adapter, tmp_path):
-    model = llada.load_model(base)
+    model = models.load_model(base)
     for number, change in enumerate(
         ({"r": 8}, {"target_modules": ["q_proj"]}, {"target_modules": [*TARGETS, "v_proj"]})
     ):
@@ -415,7 +417,7 @@ def test_adapters_of_another_rank_or_other_layers_are_refused(base, adapter, tmp
 def test_a_folder_without_adapters_is_refused(base, adapter, tmp_path, name):
     folder = shutil.copytree(adapter, tmp_path / "adapter")
     (folder / name).unlink()
-    model = llada.load_model(base)
+    model = models.load_model(base)
     assert f"{name} is missing; give the folder adapter/ of a checkpoint" in refusal(model, folder)
     assert "adapter_config.json is missing" in refusal(model, tmp_path / "nothing")
     assert "adapter_config.json is missing" in refusal(model, base)
@@ -432,7 +434,7 @@ BAD_CONFIGS = ["", "{", "[]", "null", "3", '"text"', "{}", '{"peft_type": "LORA"
 def test_a_damaged_adapter_config_is_refused(base, adapter, tmp_path, content):
     folder = shutil.copytree(adapter, tmp_path / "adapter")
     (folder / "adapter_config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    refusal(llada.load_model(base), folder)
+    refusal(models.load_model(base), folder)
 
 
 @pytest.mark.parametrize("size", [0, 5, 200, -1])
@@ -440,4 +442,4 @@ def test_truncated_adapters_are_refused(base, adapter, tmp_path, size):
     folder = shutil.copytree(adapter, tmp_path / "adapter")
     content = (folder / "adapter_model.safetensors").read_bytes()
     (folder / "adapter_model.safetensors").write_bytes(content[:size])
-    refusal(llada.load_model(base), folder)
+    refusal(models.load_model(base), folder)

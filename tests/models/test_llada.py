@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from blockwise.cli import InputError
+from blockwise.models import base as models
 from blockwise.models import hub, llada
 
 # config.json of GSAI-ML/LLaDA-8B-Instruct, with what its modelling code reads
@@ -146,7 +147,7 @@ def literal_logits(folder, ids):
 @torch.no_grad()
 def test_logits_equal_a_literal_forward_pass(folder):
     ids = token_ids(120)
-    logits = llada.load_model(folder, dtype=torch.float32)(input_ids=ids).logits[0]
+    logits = models.load_model(folder, dtype=torch.float32)(input_ids=ids).logits[0]
     assert logits.std() > 0.5  # logits near zero would be near each other, too
     torch.testing.assert_close(logits, literal_logits(folder, ids[0]), atol=1e-4, rtol=1e-4)
 
@@ -172,7 +173,7 @@ def test_bf16_base_in_fp32(base):
     """The session's checkpoint of several shards, which other tests train on, is the same function."""
     ids = token_ids(400)
     exact = {name: tensor.float() for name, tensor in hub_tensors(base).items()}
-    logits = llada.load_model(base, dtype=torch.float32)(input_ids=ids).logits[0]
+    logits = models.load_model(base, dtype=torch.float32)(input_ids=ids).logits[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(globals(), "hub_tensors", lambda folder: exact)
         torch.testing.assert_close(logits, literal_logits(base, ids[0]), atol=1e-4, rtol=1e-4)
@@ -192,8 +193,8 @@ def leak(model, length=24):
 
 
 def test_last_token_reaches_the_first_position(base):
-    assert leak(llada.load_model(base)) > 0.01
-    assert leak(llada.load_model(base, dtype=torch.float32)) > 0.01
+    assert leak(models.load_model(base)) > 0.01
+    assert leak(models.load_model(base, dtype=torch.float32)) > 0.01
 
 
 def test_auto_class_is_bidirectional_too(base):
@@ -210,7 +211,7 @@ def test_no_attention_implementation_is_causal(base, attention):
 
 def test_a_causal_llama_of_the_same_weights_does_not_leak(base):
     """The control: the probe can fail."""
-    model = llada.load_model(base, dtype=torch.float32)
+    model = models.load_model(base, dtype=torch.float32)
     c = model.config
     causal = LlamaForCausalLM(
         LlamaConfig(
@@ -231,7 +232,7 @@ def test_lora_and_gradient_checkpointing_stay_bidirectional(base):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    model = llada.load_model(base, dtype=torch.float32)
+    model = models.load_model(base, dtype=torch.float32)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model = get_peft_model(model, config).train()
@@ -253,7 +254,7 @@ def test_sdpa_gets_no_mask(base, monkeypatch):
         calls.append((attn_mask, dropout_p, is_causal))
         return sdpa(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
 
-    model = llada.load_model(base)
+    model = models.load_model(base)
     assert model.config._attn_implementation == "sdpa"
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     ids = token_ids(400).repeat(3, 1)
@@ -318,7 +319,7 @@ def test_files_hold_the_hubs_names(folder):
 
 
 def test_config_is_written_with_the_hubs_keys(folder, variant, tmp_path):
-    llada.load_model(folder).save_pretrained(tmp_path)
+    models.load_model(folder).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     expected = TINY | variant
     for key in set(TINY) - {"architectures", "torch_dtype"}:  # also what only the hub's code reads
@@ -331,9 +332,9 @@ def test_config_is_written_with_the_hubs_keys(folder, variant, tmp_path):
 @torch.no_grad()
 def test_round_trip_is_exact(folder, tmp_path):
     """Saved and loaded again: the same tensors and logits, bit for bit."""
-    model = llada.load_model(folder)
+    model = models.load_model(folder)
     model.save_pretrained(tmp_path)
-    again = llada.load_model(tmp_path)
+    again = models.load_model(tmp_path)
     ids = token_ids(120)
     assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
     before, after = hub_tensors(folder), hub_tensors(tmp_path)
@@ -371,7 +372,7 @@ def test_optional_keys_of_the_hub():
 
 
 def test_rope_stays_fp32_in_a_bf16_model(base):
-    model = llada.load_model(base)
+    model = models.load_model(base)
     assert model.dtype == torch.bfloat16
     frequency = model.model.rotary_emb.inv_freq
     assert frequency.dtype == torch.float32
@@ -380,8 +381,8 @@ def test_rope_stays_fp32_in_a_bf16_model(base):
 
 
 def test_dtype(base):
-    assert llada.load_model(base, dtype=torch.float32).dtype == torch.float32
-    assert all(tensor.dtype == torch.bfloat16 for tensor in llada.load_model(base).parameters())
+    assert models.load_model(base, dtype=torch.float32).dtype == torch.float32
+    assert all(tensor.dtype == torch.bfloat16 for tensor in models.load_model(base).parameters())
 
 
 # ---------------------------------------------------------------- damaged files
@@ -390,7 +391,7 @@ def test_dtype(base):
 def refusal(folder):
     """The sentence that a damaged checkpoint is refused with."""
     with pytest.raises(InputError) as error:
-        llada.load_model(folder)
+        models.load_model(folder)
     message = str(error.value)
     assert "\n" not in message
     return message
@@ -471,7 +472,7 @@ def test_other_float_dtypes_load(damaged, dtype):
     """A checkpoint in which one tensor has another float type loads as a whole in the type that is asked for."""
     tensor = hub_tensors(damaged)[UP].to(dtype)
     edit_shard(damaged, UP, lambda tensors: tensors.update({UP: tensor}))
-    model = llada.load_model(damaged, dtype=torch.float32)
+    model = models.load_model(damaged, dtype=torch.float32)
     assert torch.equal(model.model.layers[1].mlp.up_proj.weight, tensor.float())
 
 
@@ -507,7 +508,7 @@ def test_index_without_sizes(damaged):
     file = damaged / "model.safetensors.index.json"
     file.write_text(json.dumps({"weight_map": json.loads(file.read_text())["weight_map"]}))
     try:
-        llada.load_model(damaged)
+        models.load_model(damaged)
     except InputError as error:
         assert str(file) in str(error)
 
@@ -518,7 +519,7 @@ def test_a_single_file_besides_the_shards_is_not_loaded_unseen(damaged):
     weight = hub_tensors(damaged)[UP]
     save_file(zeros, damaged / "model.safetensors", metadata={"format": "pt"})
     try:
-        model = llada.load_model(damaged)
+        model = models.load_model(damaged)
     except InputError as error:
         assert "model.safetensors" in str(error)
     else:
@@ -539,8 +540,11 @@ def test_damaged_config(damaged, content):
 
 def test_another_model_type(damaged):
     edit_config(damaged, model_type="llama")
+    assert "tensor model.embed_tokens.weight is missing" in refusal(damaged)
+    edit_config(damaged, model_type="no such type")
     message = refusal(damaged)
-    assert "'llama'" in message and str(damaged / "config.json") in message
+    assert "'no such type' is not one that this version of transformers knows" in message
+    assert str(damaged / "config.json") in message
 
 
 @pytest.mark.parametrize(
@@ -592,13 +596,14 @@ def test_impossible_size(damaged, key, value):
 LOAD_ALL = """
 import sys
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from blockwise.models import base as models
 from blockwise.models import hub, llada
 
 for folder in sys.argv[1:]:
     print(type(AutoConfig.from_pretrained(folder)).__name__)
     print(len(AutoTokenizer.from_pretrained(folder)), len(hub.load_tokenizer(folder)))
     print(type(AutoModelForCausalLM.from_pretrained(folder, dtype="auto")).__name__)
-    print(type(llada.load_model(folder)).__name__)
+    print(type(models.load_model(folder)).__name__)
 print(*[name for name in sys.modules if "_llada" in name])
 """
 
@@ -647,7 +652,7 @@ def test_load_tokenizer_takes_any_model_type_and_no_code(damaged, tmp_path, monk
 
 def test_registered_for_the_auto_classes(base):
     assert type(AutoConfig.from_pretrained(base)) is llada.LLaDAConfig
-    assert type(llada.load_config(base)) is llada.LLaDAConfig
+    assert type(models.load_config(base)) is llada.LLaDAConfig
 
 
 def test_local_folder_is_used_as_it_is(base):
