@@ -34,7 +34,7 @@ def main():
     data = read_pt(args.data)
     base = hub.local_folder(args.base or checkpoint.adapter_config(adapter).base_model_name_or_path)
     model = models.load_model(base, torch.float32, Ranks.from_environment().device)
-    config, mask_id = model.config, model.config.mask_token_id
+    config, mask_id = model.config, getattr(model.config, "mask_token_id", None)
     if mask_id is None or config.pad_token_id is None:
         raise InputError(f"{base}/config.json lacks mask_token_id or pad_token_id.")
     form = {

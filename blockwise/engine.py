@@ -31,8 +31,9 @@ def check_model(folder: Path, knobs: SimpleNamespace) -> PreTrainedConfig:
     for name in knobs.TARGET_MODS if knobs.LORA_RANK else []:
         if name not in linears:
             raise InputError(f"TARGET_MODS: {name!r} matches no layer of the model; choose from {', '.join(linears)}.")
-    if config.mask_token_id not in (None, knobs.MASK_ID):
-        raise InputError(f"MASK_ID={knobs.MASK_ID}, but {folder}/config.json has mask_token_id {config.mask_token_id}.")
+    mask_id = getattr(config, "mask_token_id", None)
+    if mask_id not in (None, knobs.MASK_ID):
+        raise InputError(f"MASK_ID={knobs.MASK_ID}, but {folder}/config.json has mask_token_id {mask_id}.")
     if config.vocab_size <= knobs.MASK_ID:
         raise InputError(f"MASK_ID={knobs.MASK_ID} is outside the model's vocabulary of {config.vocab_size:,}.")
     if config.pad_token_id in (None, knobs.MASK_ID) or not 0 <= config.pad_token_id < config.vocab_size:

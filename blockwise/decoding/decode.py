@@ -40,8 +40,13 @@ def load(name: str, dtype: str, device: torch.device, adapter: str | None = None
 
 def end_ids(model, tokenizer) -> list[int]:
     """The ids that end an answer: end of text, and end of turn if the tokenizer knows LLaDA's."""
-    known = {model.config.eos_token_id, tokenizer.eos_token_id, tokenizer.get_vocab().get("<|eot_id|>")}
+    known = {*eos_ids(model.config), tokenizer.eos_token_id, tokenizer.get_vocab().get("<|eot_id|>")}
     return sorted(known - {None})
+
+
+def eos_ids(config) -> list[int | None]:
+    """What a config says ends a text: one id, or a list of them."""
+    return config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
 
 
 def length(ids: list[int], ends: list[int]) -> int:
@@ -106,7 +111,7 @@ def stream(
             yield answer, rows
         if settings.stop_at_end:
             over = torch.isin(canvas[open_rows, block], ends).any(dim=1)
-            canvas[open_rows[over], block.stop :] = model.config.eos_token_id
+            canvas[open_rows[over], block.stop :] = eos_ids(model.config)[0]
             open_rows = open_rows[~over]
     yield answer, rows
 
@@ -116,8 +121,8 @@ def make_canvas(config, prompts: list[list[int]], gen_length: int, device) -> tu
 
     Raises InputError that names the first prompt that does not fit, or what the model's config lacks.
     """
-    for key in ("mask_token_id", "pad_token_id", "eos_token_id"):
-        token = getattr(config, key)
+    special = {"mask_token_id": getattr(config, "mask_token_id", None), "pad_token_id": config.pad_token_id}
+    for key, token in [*special.items(), *(("eos_token_id", token) for token in eos_ids(config))]:
         if token is None or not 0 <= token < config.vocab_size:
             raise InputError(f"the model's config.json has {key} {token}; decoding needs one of its tokens there.")
     for number, prompt in enumerate(prompts, start=1):

@@ -59,17 +59,24 @@ def load_config(folder: str | Path) -> PreTrainedConfig:
 
 
 def read_config(folder: str | Path) -> PreTrainedConfig:
-    """The config of any checkpoint folder, without remote code. Raises InputError."""
+    """The config of any checkpoint folder, without remote code. Raises InputError.
+
+    dLLM's types a2d-llama, a2d-qwen2 and a2d-qwen3 are those of transformers, read in both directions.
+    """
     path = Path(folder) / "config.json"
     try:
-        model_type = json.loads(path.read_text())["model_type"]
+        content = json.loads(path.read_text())
+        model_type = content["model_type"].removeprefix("a2d-")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; a model has one.") from None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(f"{path} is not a JSON object with a model_type.") from None
     if model_type not in CONFIG_MAPPING:
         raise InputError(f"{path}: model_type {model_type!r} is not one that this version of transformers knows.")
     try:
+        if model_type != content["model_type"]:
+            content = {key: value for key, value in content.items() if key not in ("model_type", "auto_map")}
+            return AutoConfig.for_model(model_type, **content | {"is_causal": False})
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
