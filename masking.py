@@ -55,7 +55,7 @@ class Noised:
         extra = {name: value[some] for name, value in self.extra.items()}
         model_args = {name: value[some] for name, value in self.model_args.items()}
         tensors = (self.input_ids, self.supervised, self.targets, self.weights)
-        return Noised(*(tensor[some] for tensor in tensors), extra, model_args)
+        return type(self)(*(tensor[some] for tensor in tensors), extra, model_args)
 
 
 def num_blocks(answer_len, block_size: int):
@@ -124,7 +124,7 @@ def bound_weights(supervised: Tensor, p: Tensor, blocks: Tensor | int, answer_le
 
     Theorem 3.3: one block and one p stand for all of them with the weight number of blocks x 1/p. With one block as
     long as the answer it is the loss of LLaDA (2502.09992, eq. 5). Samples without a supervised token do count.
-    supervised: (B, L) bool, p: (B, 1), blocks: (B,) or 1; answer_len: (B,) -> (B, L) float.
+    supervised: (B, L) bool, p: (B, 1) or (B, L), blocks: (B,) or 1; answer_len: (B,) -> (B, L) float.
     """
     per_sample = blocks / (answer_len * len(supervised))  # (B,)
     return torch.where(supervised, per_sample[:, None] / p, 0.0)
@@ -138,3 +138,91 @@ def weighted_nll(logits: Tensor, part: Noised) -> Tensor:
     """
     targets, weights = part.targets[part.supervised], part.weights[part.supervised]  # (n,), (n,)
     return (weights * F.cross_entropy(logits.float(), targets, reduction="none")).sum()
+
+
+# ---------------------------------------------------------------- block diffusion
+
+
+class TwoStreams(Noised):
+    """A global batch for block diffusion (BD3LM, arXiv 2503.09573), in which every block is trained at once.
+
+    The model gets each sample twice, masked and clean (L' = 2 L), and the attention mask lets a masked block see itself
+    and the clean blocks before it:
+
+        position    0 1 2 3 4 5 | 6 7 8 9 | 10 11 12 13 || 0 1 2 3 4 5 | 6 7 8 9 | 10 11 12 13
+        stream      masked                              || clean
+        block       0 (prompt)  | 1       | 2           || 0           | 1       | 2
+        block 2 sees                        x  x  x  x     x x x x x x   x x x x
+
+    extra["block"]: (G, L), the block of each position. A part gets its attention mask only when it is cut out: for
+    the whole batch it would be too large.
+    """
+
+    def rows(self, some: slice) -> "TwoStreams":
+        part = super().rows(some)
+        part.model_args["attention_mask"] = two_stream_attention(part.extra["block"])
+        return part
+
+
+def answer_blocks(prompt_len: Tensor, max_len: int, block_size: int) -> Tensor:
+    """The block of each position: 0 in the prompt, from 1 behind it. (B,) -> (B, L)"""
+    pos = torch.arange(max_len, device=prompt_len.device)  # (L,)
+    return num_blocks((pos + 1 - prompt_len[:, None]).clamp(min=0), block_size)
+
+
+def fill_blocks(prompt_len: Tensor, length: Tensor, max_len: int, block_size: int) -> Tensor:
+    """Where answers end whose last block is filled up with padding, as decoding writes whole blocks. (B,) each."""
+    return (prompt_len + num_blocks(length - prompt_len, block_size) * block_size).clamp(max=max_len)
+
+
+def block_diffusion_masks(
+    prompt_len: Tensor, length: Tensor, block: Tensor, *, low: float, high: float, per_block: bool,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Draws which tokens of the answers are masked, all of which are supervised.
+
+    block: see answer_blocks, (B, L). A token is masked with the mask ratio p, uniform between low and high. per_block:
+    every block of every sample has its own, one from each of as many equal shares of that range, which lowers the
+    variance of the loss (2503.09573, appendix); else every sample has one. Returns masked (B, L) bool, p (B, L).
+    """
+    pos = torch.arange(block.shape[1], device=block.device)  # (L,)
+    answer = (pos >= prompt_len[:, None]) & (pos < length[:, None])  # (B, L)
+    uniform = {"generator": generator, "device": block.device}
+    if per_block:
+        blocks = torch.where(answer, block, 0)  # (B, L)
+        real = torch.arange(1, int(blocks.max()) + 1, device=block.device) <= blocks.amax(dim=1, keepdim=True)  # (B, N)
+        number = int(real.sum())
+        shares = (torch.randperm(number, **uniform) + torch.rand(number, **uniform)) / number
+        drawn = torch.zeros(real.shape, device=block.device).masked_scatter(real, shares)  # (B, N)
+        drawn = drawn.gather(1, (blocks - 1).clamp(min=0))  # (B, L)
+    else:
+        drawn = torch.rand(len(block), 1, **uniform).expand(block.shape)  # (B, L)
+    p = low + (high - low) * drawn
+    return answer & (torch.rand(block.shape, **uniform) < p), p
+
+
+def two_streams(batch: Batch, masked: Tensor, weights: Tensor, mask_id: int, block: Tensor) -> TwoStreams:
+    """The masked and the clean samples in one row, the same positions twice. masked, weights, block: (G, L)."""
+    ids, nothing = batch.input_ids, torch.zeros_like(masked)
+    pos = torch.arange(ids.shape[1], device=ids.device)
+    return TwoStreams(
+        input_ids=torch.cat([ids.masked_fill(masked, mask_id), ids], dim=1),  # (G, 2 L)
+        supervised=torch.cat([masked, nothing], dim=1),
+        targets=torch.cat([ids, ids], dim=1),
+        weights=torch.cat([weights, torch.zeros_like(weights)], dim=1),
+        extra={"block": block},
+        model_args={"position_ids": torch.cat([pos, pos]).expand(len(ids), -1)},
+    )
+
+
+def two_stream_attention(block: Tensor) -> Tensor:
+    """Who sees whom: (B, L) blocks -> (B, 1, 2 L, 2 L) bool, True where the query (row) sees the key (column).
+
+    Masked positions see the masked ones of their block and the clean ones of earlier blocks; clean positions see the
+    clean ones of their own and of earlier blocks (2503.09573, the mask of its vectorised training).
+    """
+    query, key = block[:, :, None], block[:, None, :]  # (B, L, 1), (B, 1, L)
+    same, before = query == key, query > key  # (B, L, L)
+    masked = torch.cat([same, before], dim=2)  # (B, L, 2 L)
+    clean = torch.cat([torch.zeros_like(same), same | before], dim=2)
+    return torch.cat([masked, clean], dim=1)[:, None]

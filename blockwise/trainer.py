@@ -104,14 +104,15 @@ Loss = Callable[[Tensor, masking.Noised], Tensor]
 
 def train(
     knobs: SimpleNamespace, noise: Noise, loss: Loss = masking.weighted_nll,
-    blocks: Callable[[Tensor], Tensor] | None = None,
+    blocks: Callable[[Tensor], Tensor] | None = None, block_diffusion: int | None = None,
 ) -> None:  # fmt: skip
     """Fine-tunes adapters or all weights, logs every step, saves checkpoints. Run by the deepspeed launcher.
 
     knobs: the script's constants. noise(batch, generator, knobs): the global batch as the model sees it; all its random
     numbers come from the generator. loss(logits (n, V), part): the share of a part of that in the loss of the global
     batch. blocks: answer lengths (N,) -> number of blocks of each sample (N,), of which a run trains each at most once;
-    None: every sample comes once in each epoch.
+    None: every sample comes once in each epoch. block_diffusion: tokens of a block, if the model learns to see no later
+    block; checkpoints say so in their config, and are decoded accordingly.
     Raises InputError before anything is trained or written if the knobs, the samples or the model cannot be used, and
     during the training if a file cannot be written or MAX_BAD_STEPS come in a row. Exits with STOPPED on a signal.
     """
@@ -119,7 +120,7 @@ def train(
         raise InputError(f"start this script with the launcher: deepspeed --num_gpus N {sys.argv[0]}")
     signals.end_at_once()
     launchers, began = signals.launchers(), time.perf_counter()
-    run = start(knobs, noise, loss, blocks)
+    run = start(knobs, noise, loss, blocks, block_diffusion)
     done, bad_steps = steps_done(run)
     with resume.with_resume_hint(run.folder), signals.Watch(run.ranks, launchers) as watch:
         step, stopped = loop(run, watch, done, bad_steps)
@@ -153,7 +154,9 @@ class Run:
     previews: Previews | None
 
 
-def start(knobs: SimpleNamespace, noise: Noise, loss: Loss, blocks: Callable | None) -> Run:
+def start(
+    knobs: SimpleNamespace, noise: Noise, loss: Loss, blocks: Callable | None, block_diffusion: int | None
+) -> Run:  # fmt: skip
     """Checks all that the user gives, then loads model and engine. Raises InputError."""
     ranks, data = Ranks.from_environment(), read_pt(knobs.DATA_PT)  # before the base, which may be a large download
     base = hub.local_folder(knobs.MODEL_NAME)
@@ -169,6 +172,7 @@ def start(knobs: SimpleNamespace, noise: Noise, loss: Loss, blocks: Callable | N
     folder = ranks.on_first_rank(lambda: open_folder(knobs, ranks, steps, base))
     ranks.on_all_ranks(lambda: hold_folder(folder, ranks))
     model = engines.load_model(base, knobs, ranks)
+    model.config.block_diffusion_size = block_diffusion  # also for previews
     engine = engines.start_engine(model, knobs, steps)
     samples, plan, logs = samples.to(ranks.device), plan.to(ranks.device), Logs(ranks, folder.path)
     return Run(knobs, ranks, base, samples, plan, noise, loss, steps, folder, logs, model, engine, previews)
@@ -311,7 +315,7 @@ def save_checkpoint(run: Run, step: int) -> None:
         updates = checkpoint.updates(run.model)
         written, rounding = checkpoint.merge_weights(base, unfinished, updates, dtype, ranks.rank, ranks.world_size)
         if ranks.rank == 0:
-            written |= checkpoint.copy_side_files(base, unfinished, dtype)
+            written |= checkpoint.copy_side_files(base, unfinished, dtype, run.model.config.block_diffusion_size)
             if run.knobs.LORA_RANK:
                 checkpoint.save_adapter(run.model, base_name, unfinished / checkpoint.ADAPTER)
         if not run.knobs.LORA_RANK:  # with BF16, the trained weights are rounded before they are saved

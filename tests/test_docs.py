@@ -70,11 +70,15 @@ def test_the_readme_is_short():
 
 
 def test_a_strangers_walk_is_short():
-    """README's top, masking.py, train_blockwise.py and the step: at most 2,000 words (signs alone are none)."""
+    """README's top, masking.py without block diffusion, train_blockwise.py and the step: at most 2,000 words."""
     top, _, _ = text_of(ROOT / "README.md").partition("\n## ")
     step, end, _ = text_of(ROOT / "blockwise/trainer.py").partition("\n@dataclass\nclass Step")
     assert end and "engine.backward" in step
-    walk = [top, text_of(ROOT / "masking.py"), text_of(ROOT / "train_blockwise.py"), step]
+    method, end, _ = text_of(ROOT / "masking.py").partition(
+        "# ---------------------------------------------------------------- block"
+    )
+    assert end
+    walk = [top, method, text_of(ROOT / "train_blockwise.py"), step]
     assert sum(bool(re.search(r"\w", word)) for part in walk for word in part.split()) <= 2000
 
 

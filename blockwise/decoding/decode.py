@@ -89,17 +89,21 @@ def stream(
 ) -> Iterator[tuple[Tensor, int]]:
     """decode, step by step: yields (ids (B, G), with masks where nothing is written yet, and rows so far)."""
     mask_id, steps = model.config.mask_token_id, settings.steps * settings.block_length // settings.gen_length
+    check_blocks(model.config, settings)
     canvas, seen = make_canvas(model.config, prompts, settings.gen_length, model.device)  # (B, L), (B, L)
     answer = canvas[:, -settings.gen_length :]  # (B, G), a view
     ends = torch.tensor(end_ids, dtype=torch.long, device=canvas.device)
     open_rows, rows = torch.arange(len(prompts), device=canvas.device), 0
+    finished = FinishedBlocks(model, canvas, seen, settings) if block_diffusion_size(model.config) else None
     for start in range(canvas.shape[1] - settings.gen_length, canvas.shape[1], settings.block_length):
         block, forward = slice(start, start + settings.block_length), None
         for step in range(settings.block_length if settings.threshold else steps):
             todo = open_rows[(canvas[open_rows, block] == mask_id).any(dim=1)]
             if not len(todo):
                 break
-            if forward is None or settings.cache == "none":
+            if finished:
+                todo, logits = open_rows, finished.logits(canvas, block)
+            elif forward is None or settings.cache == "none":
                 forward = Forward(model, canvas, seen, todo, block, settings)
                 logits = forward.first()
             else:
@@ -113,6 +117,8 @@ def stream(
             over = torch.isin(canvas[open_rows, block], ends).any(dim=1)
             canvas[open_rows[over], block.stop :] = eos_ids(model.config)[0]
             open_rows = open_rows[~over]
+        if finished and block.stop < canvas.shape[1] and len(open_rows):
+            finished.append(canvas, open_rows, block)
     yield answer, rows
 
 
@@ -141,6 +147,81 @@ def make_canvas(config, prompts: list[list[int]], gen_length: int, device) -> tu
         canvas[row, : longest - len(prompt)] = config.pad_token_id
         seen[row, : longest - len(prompt)] = False
     return canvas.to(device), seen.to(device)
+
+
+def block_diffusion_size(config) -> int | None:
+    """Tokens of a block, for a model that was trained to see no later block (train_bd3lm.py)."""
+    return getattr(config, "block_diffusion_size", None)
+
+
+def check_blocks(config, settings: Settings) -> None:
+    """Refuses settings that a block-diffusion model was not trained for. Raises InputError."""
+    size = block_diffusion_size(config)
+    if size and settings.block_length != size:
+        raise InputError(f"this checkpoint writes blocks of {size} tokens; give --block_length {size}.")
+    if size and settings.cache != "none":
+        raise InputError(
+            f"cache {settings.cache!r} is approximate; this checkpoint keeps finished blocks exactly: 'none'."
+        )
+
+
+class FinishedBlocks:
+    """Decoding of a block-diffusion model: keys and values of prompt and finished blocks, which never change again.
+
+    A step runs the model over one block only. Exact, as no position sees a later block. rows: those of the canvas that
+    are kept, R of them; with guidance, the second half has its prompt masked.
+    """
+
+    def __init__(self, model, canvas, seen, settings):
+        self.model, self.settings, self.cache = model, settings, DynamicCache()
+        self.prompt = slice(0, canvas.shape[1] - settings.gen_length)
+        self.rows = torch.arange(len(canvas), device=canvas.device)
+        self.seen = seen.repeat(2, 1) if settings.cfg_scale else seen  # (R, L)
+        self.positions = (self.seen.cumsum(dim=1) - 1).clamp(min=0)  # (R, L): padding does not count
+        ids = self.ids(canvas, self.prompt)
+        if settings.cfg_scale:
+            half = len(ids) // 2
+            ids[half:] = ids[half:].masked_fill(seen[:, self.prompt], model.config.mask_token_id)
+        self.run(ids, self.prompt, head=1)
+
+    def ids(self, canvas, columns):
+        return canvas[self.rows, columns].repeat(2 if self.settings.cfg_scale else 1, 1)
+
+    def run(self, ids, columns, head):
+        """The model on columns of the canvas, behind what is in the cache, which grows. Logits of the last `head`."""
+        seen = self.seen[:, : columns.stop]
+        return self.model(
+            input_ids=ids,
+            attention_mask=None if seen.all() else seen,
+            position_ids=self.positions[:, columns],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=head,
+        ).logits.float()
+
+    def logits(self, canvas, block):
+        """Logits (R, K, V) of the block in progress; the cache stays as it is."""
+        logits = self.run(self.ids(canvas, block), block, head=block.stop - block.start)
+        self.cache.crop(block.start - block.stop)
+        logits = guided(logits, self.settings.cfg_scale)
+        logits[..., self.model.config.mask_token_id] = -torch.inf  # no probability for the mask (2503.09573: SUBS)
+        return logits
+
+    def append(self, canvas, rows, block):
+        """Adds a finished block, and drops the rows of the canvas that are not among `rows`."""
+        kept = torch.isin(self.rows, rows)
+        every = kept.repeat(2) if self.settings.cfg_scale else kept
+        self.rows, self.seen, self.positions = self.rows[kept], self.seen[every], self.positions[every]
+        self.cache.batch_select_indices(every.nonzero()[:, 0])
+        self.run(self.ids(canvas, block), block, head=1)
+
+
+def guided(logits: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: the first half of the rows has seen the prompt, the second has not."""
+    if not scale:
+        return logits
+    conditional, unconditional = logits.chunk(2)
+    return unconditional + (scale + 1) * (conditional - unconditional)
 
 
 class Forward:
@@ -195,10 +276,7 @@ class Forward:
             use_cache=cache is not None,
             logits_to_keep=wanted,
         ).logits.float()
-        if self.settings.cfg_scale:
-            conditional, unconditional = logits.chunk(2)
-            logits = unconditional + (self.settings.cfg_scale + 1) * (conditional - unconditional)
-        return logits
+        return guided(logits, self.settings.cfg_scale)
 
 
 def commit(
@@ -208,7 +286,8 @@ def commit(
 
     logits (R, K, V) fp32; block (R, K) ids with masks. Returns the block with the tokens written.
     """
-    token = sample(logits, settings.temperature, generator)  # (R, K)
+    never = torch.arange(logits.shape[-1], device=logits.device) == mask_id  # (V,): the mask is no token to write
+    token = sample(logits.masked_fill(never, -torch.inf), settings.temperature, generator)  # (R, K)
     if settings.remasking == "random":
         confidence = torch.rand(token.shape, generator=generator, device=token.device)
     else:

@@ -1,0 +1,56 @@
+"""Block diffusion (BD3LM, arXiv 2503.09573): every block of an answer is trained at once, behind a clean prefix.
+
+    deepspeed --num_gpus 8 train_bd3lm.py [--NAME=value ...]
+
+The constants below are the knobs; those that are not here are the ones of train_fullseq.py, with its values. A step
+takes every sample through the model twice, masked and clean (masking.py has the picture): it has twice the tokens of a
+step of the other trainers, and supervises all blocks. The model learns to see no later block, so that its checkpoints
+are decoded block by block with an exact cache.
+"""
+
+import sys
+
+from blockwise.cli import run_script
+from blockwise.knobs import at_least, between, one_of, override
+from train_fullseq import *  # noqa: F403
+
+del MASK_PROB_EPS  # noqa: F821  (MASK_LOW here)
+
+CKPT_DIR = "ckpts_bd3lm"  # start of the names of the checkpoint and log folders
+
+# ---------------------------------------------------------------- method
+BLOCK_SIZE: at_least(1) = 32  # tokens; that of decoding, too
+MASK_LOW: between(0.0, 1.0) = 1e-3  # mask ratios are uniform between this ...
+MASK_HIGH: between(0.0, 1.0) = 1.0  # ... and this
+MASK_RATIO: one_of("block", "sample") = "block"  # block: one ratio per block, as in the paper; sample: one per sample
+BOUND_WEIGHTS = True  # True: loss weighted 1/p, the likelihood bound; False: the mean over the masked tokens
+
+
+def main():
+    knobs = override(globals(), sys.argv[1:])
+    from blockwise import trainer
+    from blockwise.cli import InputError
+
+    if not knobs.MASK_LOW < knobs.MASK_HIGH:
+        raise InputError(f"MASK_LOW={knobs.MASK_LOW} must be below MASK_HIGH={knobs.MASK_HIGH}.")
+    trainer.train(knobs, noise, block_diffusion=knobs.BLOCK_SIZE)
+
+
+def noise(batch, generator, knobs):
+    """Masks all blocks of a global batch (masking.Batch), and adds the clean samples. Returns a masking.TwoStreams."""
+    import masking
+
+    length = masking.fill_blocks(batch.prompt_len, batch.length, knobs.MAX_LEN, knobs.BLOCK_SIZE)
+    block = masking.answer_blocks(batch.prompt_len, knobs.MAX_LEN, knobs.BLOCK_SIZE)
+    masked, p = masking.block_diffusion_masks(
+        batch.prompt_len, length, block, low=knobs.MASK_LOW, high=knobs.MASK_HIGH,
+        per_block=knobs.MASK_RATIO == "block", generator=generator,
+    )  # fmt: skip
+    weights = masking.sample_mean_weights(masked)
+    if knobs.BOUND_WEIGHTS:
+        weights = masking.bound_weights(masked, p, blocks=1, answer_len=length - batch.prompt_len)
+    return masking.two_streams(batch, masked, weights, knobs.MASK_ID, block)
+
+
+if __name__ == "__main__":
+    run_script(main)
