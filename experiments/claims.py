@@ -63,7 +63,7 @@ def lag(name, script=BLOCKWISE, task=LAG[1], against="", curve=False, lrs=LRS, *
 
 
 def lag_pair(what, task=LAG[1], lr_of="", lrs=LRS, **how):
-    """Both methods on such a task, block-wise compared with full sequence. lr_of: take the learning rates from there."""
+    """Both methods on such a task, compared. lr_of: the setting from which they take their learning rates."""
     names = [f"{name}, {what}" for name, _ in BOTH]
     pair = [
         lag(name, script, task, against, lrs=() if lr_of else lrs, **how)

@@ -6,7 +6,6 @@ Writes experiments/report.md and experiments/figures/*.png. The intervals are St
 """
 
 import argparse
-from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, median, stdev
 
@@ -110,7 +109,8 @@ def interval(values):
 def table(claim: str, settings: dict[str, list[dict]]) -> str:
     """A claim's table in Markdown."""
     lines = [
-        "| setting | LR | seeds | steps | supervised tokens | seconds | Pass@1 | difference | to | token accuracy |",
+        "| setting | LR | steps | supervised tokens | seconds | Pass@1 | of each seed | difference "
+        "| to | token accuracy |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     against = {setting.name: setting.against for setting in CLAIMS[claim]}
@@ -123,7 +123,8 @@ def table(claim: str, settings: dict[str, list[dict]]) -> str:
         difference = (shown(pairs, "+"), other) if other != name and len(pairs) > 1 else ("", "")
         supervised = f"{fmean(int(row['supervised_tokens']) for row in rows):,.0f}"
         seconds = f"{median(float(row['seconds']) for row in rows):.0f}"
-        cells = [name, rows[0]["lr"], len(rows), rows[0]["steps"], supervised, seconds, passed, *difference, tokens]
+        each = ", ".join(f"{100 * float(row['pass_at_1']):.1f}" for row in rows)
+        cells = [name, rows[0]["lr"], rows[0]["steps"], supervised, seconds, passed, each, *difference, tokens]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
@@ -173,20 +174,19 @@ def draw(claim: str, settings: dict[str, list[dict]], path: Path) -> None:
 def draw_steps(claim: str, settings: dict[str, list[dict]], path: Path) -> None:
     """Pass@1 of the checkpoints of a training: the mean over the seeds, and each seed as a thin line."""
     figure, panel = plt.subplots(figsize=(7, 4), layout="constrained")
+    checkpoints = reported(claim, settings, all_steps=True)
     for setting in CLAIMS[claim]:
-        if not setting.curve:
-            continue
-        by_step, by_seed = defaultdict(list), defaultdict(list)
-        for row in reported(claim, settings, all_steps=True)[setting.name]:
-            point = int(row["steps"]), 100 * float(row["pass_at_1"])
-            by_step[point[0]].append(point[1])
-            by_seed[row["seed"]].append(point)
-        color = {FULLSEQ: "C1", BLOCKWISE: "C0"}[setting.script]
+        rows = checkpoints[setting.name] if setting.curve else []
+        color, by_seed, by_step = {FULLSEQ: "C1", BLOCKWISE: "C0"}.get(setting.script), {}, {}
+        for row in rows:
+            step, passed = int(row["steps"]), 100 * float(row["pass_at_1"])
+            by_seed.setdefault(row["seed"], []).append((step, passed))
+            by_step.setdefault(step, []).append(passed)
         for points in by_seed.values():
             panel.plot(*zip(*points), color=color, alpha=0.3, linewidth=1)
-        panel.plot(
-            by_step, [fmean(values) for values in by_step.values()], color=color, linewidth=2.5, label=setting.name
-        )
+        if rows:
+            means = [fmean(values) for values in by_step.values()]
+            panel.plot(list(by_step), means, color=color, linewidth=2.5, label=setting.name)
     panel.set(xlabel="optimizer steps", ylabel="Pass@1 (%)", ylim=(-2, 102))
     panel.grid(alpha=0.3)
     panel.legend()
