@@ -4,6 +4,11 @@
 
 Output: torch.save of a list of {"prompt_len": int, "full_ids": LongTensor}. full_ids is prompt + answer + end of turn
 (for LLaDA <|eot_id|>); the answer starts at prompt_len. Samples longer than max_len are dropped, never cut.
+
+    python pt.py --text text --dataset my_texts/ --output text.pt --model models/a2d-Qwen3-0.6B --max_len 1024
+
+With --text, the texts of that column are written one behind the other, cut into samples of exactly max_len tokens that
+have no prompt, for pre-training. --dataset may be a .txt file, too, or a folder of them, whose column is `text`.
 """
 
 import argparse
@@ -27,9 +32,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_len", type=int, default=256, help="tokens; longer samples are dropped")
     parser.add_argument("--max_samples", type=int, default=20000, help="stop after N kept samples; 0 = unlimited")
     parser.add_argument("--filter_type", default="GSM", help="skip rows whose `type` contains this text; '' = keep all")
+    text = parser.add_argument_group("plain text, for pre-training")
+    text.add_argument("--text", metavar="COLUMN", help="pack the texts of this column")
+    text.add_argument("--insert_eos", action="store_true", help="write the end-of-text token behind each text")
+    text.add_argument("--streaming", action="store_true", help="read the data set as a stream, without storing it")
+    text.add_argument("--max_tokens", type=int, default=0, help="stop after N tokens; 0 = all of the data set")
     args = parser.parse_args()
-    if args.max_len < 2 or args.max_samples < 0:
-        parser.error("--max_len must be at least 2 and --max_samples at least 0")
+    if args.max_len < 2 or args.max_samples < 0 or args.max_tokens < 0:
+        parser.error("--max_len must be at least 2, --max_samples and --max_tokens at least 0")
+    if (args.insert_eos or args.streaming or args.max_tokens) and not args.text:
+        parser.error("--insert_eos, --streaming and --max_tokens belong to --text")
     return args
 
 
@@ -40,6 +52,9 @@ def main():
     from blockwise.models import hub  # only now: a mistyped flag is reported without waiting for it
 
     tokenizer = hub.load_tokenizer(args.model)
+    if args.text:
+        print(pack_texts(args, tokenizer))
+        return
     if not tokenizer.chat_template:
         raise InputError(f"{args.model}: its tokenizer has no chat template.")
     dataset = load_rows(args.dataset, args.split, needs_type=bool(args.filter_type))
@@ -49,6 +64,22 @@ def main():
         raise InputError(f"--dataset {args.dataset}: nothing to write: {report}; check --filter_type and --max_len.")
     save(samples, args.output)
     print(f"{args.output}: {report}")
+
+
+def pack_texts(args: argparse.Namespace, tokenizer) -> str:
+    """Writes the file of --text. Returns what it holds, in words. Raises InputError."""
+    from blockwise import packing
+    from blockwise.data import load_texts
+
+    end = tokenizer.eos_token_id if args.insert_eos else None
+    if args.insert_eos and end is None:
+        raise InputError(f"--insert_eos: the tokenizer of {args.model} has no end-of-text token.")
+    texts = load_texts(args.dataset, args.split, args.text, args.streaming)
+    first = next(texts, [])
+    ids = packing.token_ids(chain([first], texts), encoder(tokenizer, first[:PROBES]), end, args.max_tokens)
+    packed = packing.write(args.output, ids, args.max_len)
+    size = f"{packed.samples:,} samples of {args.max_len:,} tokens, without prompt"
+    return f"{args.output}: {size}; {packed.left_over:,} tokens at the end were too few for another"
 
 
 def save(samples: list, output: str | Path) -> None:
@@ -83,7 +114,8 @@ def encode(dataset, tokenizer, max_len: int, max_samples: int, filter_type: str)
     Returns a list of (prompt_len, full_ids as int64 array), and how many rows were kept, skipped by type, too long, and
     unusable: rows with an empty text, or that cannot be written as prompt and answer (see tokenize).
     """
-    samples, header, ids_of = [], extra_header(tokenizer), encoder(tokenizer, dataset[:PROBES])
+    samples, header, some = [], extra_header(tokenizer), dataset[:PROBES]
+    ids_of = encoder(tokenizer, [*some["query"], *some["response"]])
     counts = dict.fromkeys(("kept", "skipped by type", "too long", "unusable"), 0)
     with progress(total=len(dataset), desc="tokenizing", unit="row") as bar:
         for batch in dataset.iter(1000):
@@ -112,11 +144,11 @@ def check_texts(rows, first: int) -> None:
             raise InputError(f"row {number} of the dataset holds something else than texts: {row!r:.200}")
 
 
-def encoder(tokenizer, sample: dict):
+def encoder(tokenizer, texts: list[str]):
     """A function of texts that gives the ids of each, an array, without any that the tokenizer adds by itself.
 
-    It is fastokens, many times faster than the tokenizer, if that reads it and gives the same ids for the texts of
-    `sample`, rows with query and response; else the tokenizer itself, and a line says so.
+    It is fastokens, many times faster than the tokenizer, if that reads it and gives the same ids for these texts; else
+    the tokenizer itself, and a line says so.
     """
     import fastokens
     import numpy as np
@@ -130,7 +162,7 @@ def encoder(tokenizer, sample: dict):
         ids, borders = np.frombuffer(ids, np.uint32).astype(np.int64), np.frombuffer(borders, np.uint64).tolist()
         return [ids[start:end] for start, end in zip(borders, borders[1:])]
 
-    texts = [text for text in chain(sample["query"], sample["response"]) if isinstance(text, str)] or [""]
+    texts = [text for text in texts if isinstance(text, str)] or [""]
     try:
         fast = fastokens.Tokenizer.from_json_str(tokenizer.backend_tokenizer.to_str())
     except (AttributeError, ValueError) as error:  # no backend: a tokenizer in Python

@@ -44,7 +44,7 @@ def main():
         "EOS_TAIL": False,
     }
     samples = make_samples(data, SimpleNamespace(DATA_PT=args.data, **form), config).to(model.device)
-    ids = samples.ids[:, : int(samples.length.max())].long()  # without the padding that all have
+    ids = samples.ids[:, : int(samples.length.max())].to(model.device).long()  # without the padding that all have
     model = checkpoint.load_adapter(model, adapter).eval()
     lengths = samples.prompt_len, samples.length
     print(checkpoint.logit_gap(model, base, Path(args.checkpoint), ids, *lengths, mask_id))

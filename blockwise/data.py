@@ -7,6 +7,7 @@ import pickle
 import random
 import sys
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,28 +17,44 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+import masking
+from blockwise import packing
 from blockwise.cli import InputError
 from blockwise.models.hub import reason
+
+CHECKED = 2**14  # samples of texts whose ids are checked at a time
 
 
 @dataclass
 class Samples:
     """The training samples as tensors."""
 
-    ids: Tensor  # (N, L) int32, padded on the right
+    ids: Tensor  # (N, L) int32, padded on the right; of texts: on the CPU, in the file, and perhaps shorter
     prompt_len: Tensor  # (N,) where the answer starts
     length: Tensor  # (N,) where it ends
     number: Tensor  # (N,) which entry of DATA_PT it is
     unanswered: int  # samples that were left out because nothing follows their prompt
+    padding: int = 0  # the id that is padded with
+    is_text: bool = False
 
     def to(self, device: torch.device) -> "Samples":
-        tensors = (self.ids, self.prompt_len, self.length, self.number)
-        return Samples(*(tensor.to(device) for tensor in tensors), self.unanswered)
+        """All but the ids of texts, which may be larger than the device's memory."""
+        ids = self.ids if self.is_text else self.ids.to(device)
+        rest = (self.prompt_len, self.length, self.number)
+        return Samples(ids, *(tensor.to(device) for tensor in rest), self.unanswered, self.padding, self.is_text)
+
+    def batch(self, sample: Tensor, block: Tensor, max_len: int) -> masking.Batch:
+        """These samples, (G,) indices, padded to max_len. block: (G,), see masking.Batch."""
+        ids = self.ids[sample.to(self.ids.device)].to(sample.device).long()
+        ids = F.pad(ids, (0, max_len - ids.shape[1]), value=self.padding)
+        return masking.Batch(ids, self.prompt_len[sample], self.length[sample], block)
 
 
-def make_samples(data: list, knobs: SimpleNamespace, config) -> Samples:
-    """Checks the entries of DATA_PT against the model's config and the knobs, pads to MAX_LEN. Raises InputError."""
+def make_samples(data: list | Tensor, knobs: SimpleNamespace, config) -> Samples:
+    """Checks what read_pt has read against the model's config and the knobs, pads to MAX_LEN. Raises InputError."""
     path = knobs.DATA_PT
+    if isinstance(data, Tensor):
+        return text_samples(data, knobs, config)
     for i, entry in enumerate(data):
         if problem := sample_problem(entry, knobs.MAX_LEN):
             raise InputError(f"{path}: sample {i} {problem}")
@@ -55,7 +72,21 @@ def make_samples(data: list, knobs: SimpleNamespace, config) -> Samples:
     ids = F.pad(ids[used].int(), (0, knobs.MAX_LEN - ids.shape[1]), value=config.pad_token_id)  # (N, L)
     if knobs.EOS_TAIL:
         length = torch.full_like(length, knobs.MAX_LEN)
-    return Samples(ids, prompt_len[used], length[used], used, unanswered=len(data) - len(answered))
+    unanswered = len(data) - len(answered)
+    return Samples(ids, prompt_len[used], length[used], used, unanswered, config.pad_token_id)
+
+
+def text_samples(ids: Tensor, knobs: SimpleNamespace, config) -> Samples:
+    """Samples of packed texts, (N, any) int32, which have no prompts; see make_samples."""
+    if ids.shape[1] > knobs.MAX_LEN:
+        problem = f"has samples of {ids.shape[1]} tokens, more than MAX_LEN={knobs.MAX_LEN}"
+        raise InputError(f"{knobs.DATA_PT} {problem}; raise that, or run pt.py with --max_len {knobs.MAX_LEN}.")
+    ids = ids[: knobs.MAX_SAMPLES or None]
+    for first in range(0, len(ids), CHECKED):
+        check_ids(knobs.DATA_PT, ids[first : first + CHECKED], config.vocab_size, knobs.MASK_ID, first)
+    number = torch.arange(len(ids))
+    length = torch.full_like(number, knobs.MAX_LEN if knobs.EOS_TAIL else ids.shape[1])
+    return Samples(ids, torch.zeros_like(number), length, number, 0, config.pad_token_id, is_text=True)
 
 
 # what a damaged zip, or a good zip with a bad pickle, makes zipfile and torch.load raise
@@ -63,10 +94,12 @@ UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, OSError)
 UNREADABLE += (RuntimeError, LookupError, TypeError, ValueError)
 
 
-def read_pt(path: str | Path) -> list:
-    """The list in a .pt file, read without running any code from it. Raises InputError."""
+def read_pt(path: str | Path) -> list | Tensor:
+    """The list in a .pt file, read without running any code from it, or the ids of packed texts. Raises InputError."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist; write it with pt.py, or name another file.")
+    if (ids := packing.read(path)) is not None:
+        return ids
     damaged = f"{path} is truncated, damaged or was not written by pt.py; write it anew."
     try:
         with zipfile.ZipFile(path) as file:  # torch.save writes a zip, but torch.load does not look at its checksums
@@ -94,8 +127,8 @@ def sample_problem(entry, max_len: int) -> str | None:
     return None
 
 
-def check_ids(path: str | Path, ids: Tensor, vocab_size: int, mask_id: int) -> None:
-    """Refuses ids (N, any) that are outside the vocabulary or are the mask itself. Raises InputError."""
+def check_ids(path: str | Path, ids: Tensor, vocab_size: int, mask_id: int, first: int = 0) -> None:
+    """Refuses ids (N, any) outside the vocabulary or the mask itself; samples are counted from `first`. InputError."""
     outside = (ids < 0) | (ids >= vocab_size)
     for bad, why in (
         (
@@ -106,7 +139,7 @@ def check_ids(path: str | Path, ids: Tensor, vocab_size: int, mask_id: int) -> N
     ):
         if bad.any():
             sample, position = (int(x) for x in bad.nonzero()[0])
-            raise InputError(f"{path}: sample {sample} contains the id {int(ids[sample, position])}, {why}")
+            raise InputError(f"{path}: sample {first + sample} contains the id {int(ids[sample, position])}, {why}")
 
 
 def schedule(blocks: Tensor, epochs: int, seed: int) -> Tensor:
@@ -137,8 +170,30 @@ def derive_seed(seed: int, *names) -> int:
     return random.Random(repr((seed, *names))).getrandbits(63)
 
 
-def load_split(name: str, split: str, config: str | None = None):
-    """A split of a hub dataset or of a local folder. Raises InputError."""
+def load_texts(name: str, split: str, column: str, streaming: bool) -> Iterator[list[str]]:
+    """The texts of a column of a data set, some at a time. Raises InputError.
+
+    name: hub id, folder of jsonl, parquet or txt files, or one .txt file. A .txt file is one text.
+    """
+    path = Path(name)
+    if path.suffix == ".txt" or path.is_dir() and any(path.glob("*.txt")):
+        texts = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+        dataset = load_split("text", split, streaming=streaming, sample_by="document", data_files=[*map(str, texts)])
+    else:
+        dataset = load_split(name, split, streaming=streaming)
+    number = 0
+    for batch in dataset.iter(1000):
+        if column not in batch:
+            raise InputError(f"--text {column}: {name} has no such column; its columns are {', '.join(batch)}.")
+        for row, text in enumerate(batch[column], start=number):
+            if not isinstance(text, str):
+                raise InputError(f"--text {column}: row {row} of {name} holds no text but {text!r:.200}")
+        number += len(batch[column])
+        yield batch[column]
+
+
+def load_split(name: str, split: str, config: str | None = None, **more):
+    """A split of a hub dataset or of a local folder. more: for load_dataset. Raises InputError."""
     from datasets import disable_progress_bars, load_dataset
     from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 
@@ -147,7 +202,7 @@ def load_split(name: str, split: str, config: str | None = None):
     unloadable = (DatasetGenerationError, DatasetNotFoundError, DataFilesNotFoundError)
     unloadable += (ValueError, OSError, LookupError, StopIteration)  # also raised, for empty files and empty names
     try:
-        return load_dataset(name, config, split=split)
+        return load_dataset(name, config, split=split, **more)
     except unloadable as error:
         why = reason(error.__cause__ or error)
         raise InputError(f"dataset {name!r}, split {split!r}, cannot be loaded: {why}") from error

@@ -75,7 +75,7 @@ def global_batch(run: "Run", step: int) -> tuple[Tensor, masking.Noised]:
     """The samples of a step, (G,) indices, and their noise, the same on every rank."""
     size, samples = global_batch_size(run.knobs, run.ranks), run.samples
     sample, block = run.plan[(step - 1) * size : step * size].T  # (G,), (G,)
-    batch = masking.Batch(samples.ids[sample].long(), samples.prompt_len[sample], samples.length[sample], block)
+    batch = samples.batch(sample, block, run.knobs.MAX_LEN)
     generator = torch.Generator(run.ranks.device).manual_seed(derive_seed(run.knobs.SEED, "masks", step))
     return sample, run.noise(batch, generator, run.knobs)
 
@@ -332,8 +332,11 @@ def save_checkpoint(run: Run, step: int) -> None:
 def gap_on_first_samples(run: Run, folder: Path) -> str:
     """Compares the checkpoint's logits with those of base + adapters on the first samples; see checkpoint.logit_gap."""
     some, samples = slice(checkpoint.COMPARED), run.samples
-    ids, prompt_len, length = samples.ids[some].long(), samples.prompt_len[some], samples.length[some]
+    first = torch.arange(len(samples.number), device=samples.number.device)[some]
+    batch = samples.batch(first, torch.zeros_like(first), run.knobs.MAX_LEN)
     run.model.eval()
-    sentence = checkpoint.logit_gap(run.model, run.base, folder, ids, prompt_len, length, run.knobs.MASK_ID)
+    sentence = checkpoint.logit_gap(
+        run.model, run.base, folder, batch.input_ids, batch.prompt_len, batch.length, run.knobs.MASK_ID
+    )
     run.model.train()
     return sentence
