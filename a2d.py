@@ -72,6 +72,8 @@ def load(folder: Path):
 
 def add_mask(model, tokenizer) -> str:
     """Chooses the mask token, or adds one, and writes it into tokenizer and config. Returns how, in words."""
+    from blockwise.models.base import MASK_TRAINED
+
     config, known = model.config, getattr(model.config, "mask_token_id", None)
     reserved = sorted(
         (number, token) for token, number in tokenizer.get_added_vocab().items() if "reserved" in token.lower()
@@ -93,6 +95,8 @@ def add_mask(model, tokenizer) -> str:
         how = f"in a new row: the embedding grew from {config.vocab_size:,} to {rows:,} rows"
         model.resize_token_embeddings(rows, mean_resizing=False)
     config.mask_token_id = tokenizer.mask_token_id
+    if known is None:
+        setattr(config, MASK_TRAINED, False)
     if not 0 <= config.mask_token_id < config.vocab_size:
         raise InputError(
             f"mask token {config.mask_token_id} is outside the vocabulary of {config.vocab_size:,} tokens."

@@ -57,6 +57,9 @@ def load_model(folder: Path, knobs: SimpleNamespace, ranks: Ranks) -> PeftModel 
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     transformers.set_seed(knobs.SEED)
     if knobs.LORA_RANK:
+        if not models.mask_is_trained(model.config):
+            what = "the embedding of its mask token was never trained, and adapters leave it as it is"
+            print0(ranks, "warning", f"{folder}: {what}; train the base with --LORA_RANK=0 first.")
         model = add_adapters(model, knobs, ranks)
     else:
         print0(ranks, "weights", f"all {model.num_parameters():,} parameters are trained (LORA_RANK 0)")

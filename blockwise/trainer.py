@@ -26,6 +26,7 @@ import masking
 from blockwise import engine as engines
 from blockwise.cli import STOPPED, InputError, progress
 from blockwise.data import Samples, derive_seed, make_samples, read_pt, schedule
+from blockwise.models import base as models
 from blockwise.models import checkpoint, hub
 from blockwise.previews import Previews
 from blockwise.run import constants, files, resume, signals
@@ -315,7 +316,7 @@ def save_checkpoint(run: Run, step: int) -> None:
         updates = checkpoint.updates(run.model)
         written, rounding = checkpoint.merge_weights(base, unfinished, updates, dtype, ranks.rank, ranks.world_size)
         if ranks.rank == 0:
-            written |= checkpoint.copy_side_files(base, unfinished, dtype, run.model.config.block_diffusion_size)
+            written |= checkpoint.copy_side_files(base, unfinished, dtype, config_of(run))
             if run.knobs.LORA_RANK:
                 checkpoint.save_adapter(run.model, base_name, unfinished / checkpoint.ADAPTER)
         if not run.knobs.LORA_RANK:  # with BF16, the trained weights are rounded before they are saved
@@ -327,6 +328,16 @@ def save_checkpoint(run: Run, step: int) -> None:
     print0(ranks, "checkpoint", f"{folder}/ in {time.perf_counter() - began:.1f} s; {rounding.sentence(dtype)}")
     if step == run.steps and run.knobs.LORA_RANK:
         ranks.on_first_rank(lambda: print0(ranks, "", gap_on_first_samples(run, folder)))
+
+
+def config_of(run: Run) -> dict:
+    """What the checkpoints' config.json says of the training."""
+    config = run.model.config
+    trained = models.mask_is_trained(config) or not run.knobs.LORA_RANK
+    return {
+        "block_diffusion_size": config.block_diffusion_size,
+        models.MASK_TRAINED: None if trained else False,
+    }
 
 
 def gap_on_first_samples(run: Run, folder: Path) -> str:

@@ -107,6 +107,7 @@ def test_it_trains_merges_loads_and_decodes(autoregressive, forked, tmp_path, mo
     }
     done = forked(tmp_path / "run", **knobs, CKPT_DIR="out/run", SAVE_EVERY=0, RESUME_EVERY=0)
     assert not any(done.codes), done.output
+    assert "the embedding of its mask token was never trained" in done.output
     merged, adapter = tmp_path / "run/out/run_step0002", tmp_path / "run/out/run_step0002/adapter"
     device, prompts = torch.device("cpu"), [[10, 11, 12, 13, 14], [15, 16]]
     model, tokenizer = decode.load(str(merged), "float32", device)
@@ -121,7 +122,8 @@ def test_it_trains_merges_loads_and_decodes(autoregressive, forked, tmp_path, mo
     both, _ = decode.decode(model, prompts, settings)
     for row, prompt in zip(both, prompts):
         assert torch.equal(row, decode.decode(model, [prompt], settings)[0][0]) and not (row == 400).any()
-    assert AutoModelForCausalLM.from_pretrained(merged).config.is_causal is False
+    config = AutoModelForCausalLM.from_pretrained(merged).config
+    assert config.is_causal is False and not models.mask_is_trained(config)
 
 
 def test_full_fine_tuning_of_a_tied_head_writes_it_once(autoregressive, forked, tmp_path, monkeypatch):
@@ -137,6 +139,9 @@ def test_full_fine_tuning_of_a_tied_head_writes_it_once(autoregressive, forked, 
         CKPT_DIR="out/run",
     )
     assert not any(done.codes), done.output
+    assert "was never trained" not in done.output
+    assert not models.mask_is_trained(models.load_config(folder))
+    assert models.mask_is_trained(models.load_config(tmp_path / "run/out/run_step0004"))
     before, after = weights(folder), weights(tmp_path / "run/out/run_step0004")
     assert before.keys() == after.keys() and "lm_head.weight" not in after
     assert not [name for name in before if torch.equal(before[name].float(), after[name].float())]

@@ -16,7 +16,7 @@ FLOORS = (  # from low to high; a name stands for all modules in it
     ("blockwise.knobs",),
     ("blockwise.run",),
     ("blockwise.models",),
-    ("blockwise.decoding", "blockwise.prompts", "blockwise.scoring", "blockwise.data"),
+    ("blockwise.decoding", "blockwise.prompts", "blockwise.scoring", "blockwise.data", "blockwise.packing"),
     ("blockwise.engine", "blockwise.previews"),
     ("blockwise.trainer", "blockwise.compare"),
 )

@@ -22,6 +22,13 @@ from blockwise.cli import InputError
 from blockwise.models import hub, llada
 from blockwise.run.files import TENSOR_BYTES
 
+MASK_TRAINED = "mask_embedding_trained"  # in config.json, false: a2d.py has added the mask, and nothing was trained
+
+
+def mask_is_trained(config: PreTrainedConfig) -> bool:
+    """Whether the embedding of the mask token was ever trained: always, but for a base that was only converted."""
+    return getattr(config, MASK_TRAINED, None) is not False
+
 
 def file_name(config: PreTrainedConfig, tensor: str) -> str:
     """The name that a tensor of the model has in the checkpoint's files."""

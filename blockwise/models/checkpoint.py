@@ -147,23 +147,23 @@ def rounded(chunk: tuple[Tensor, Tensor], name: str, dtype: torch.dtype, trained
     return result.cpu().view(torch.uint8).numpy()
 
 
-def copy_side_files(
-    base: Path, out: Path, dtype: str = "bfloat16", block_diffusion: int | None = None
-) -> dict[str, dict]:
-    """Copies what a checkpoint holds besides its weights: config, tokenizer, code, licence. Returns manifest lines."""
+def copy_side_files(base: Path, out: Path, dtype: str = "bfloat16", config: dict | None = None) -> dict[str, dict]:
+    """Copies what a checkpoint holds besides its weights: config, tokenizer, code, licence. Returns manifest lines.
+
+    config: what is to stand in config.json, where nothing (None) is what a missing key means.
+    """
     names = [file.name for file in base.iterdir() if file.is_file() and file.suffix not in WEIGHTS]
     names = [name for name in names if name != files.MANIFEST]
-    return {name: files.write(out / name, [side_file(base, name, dtype, block_diffusion)]) for name in names}
+    return {name: files.write(out / name, [side_file(base, name, dtype, config or {})]) for name in names}
 
 
-def side_file(base: Path, name: str, dtype: str, block_diffusion: int | None) -> bytes:
+def side_file(base: Path, name: str, dtype: str, config: dict) -> bytes:
     """The bytes of a side file: as they are, but for what has changed of dtype, size and attention by blocks."""
     data, changes = (base / name).read_bytes(), {}
     if name == "config.json":
         content = json.loads(data)
         changes = dict.fromkeys({"dtype", "torch_dtype"} & content.keys(), dtype)
-        if content.get("block_diffusion_size") != block_diffusion:
-            changes["block_diffusion_size"] = block_diffusion
+        changes |= {key: value for key, value in config.items() if content.get(key) != value}
     elif name == INDEX:
         changes = {"metadata": json.loads(data).get("metadata", {}) | {"total_size": data_size(base, dtype)}}
     content = json.loads(data) if changes else {}
