@@ -4,11 +4,17 @@
     python generate.py --model FOLDER --prompts in.jsonl --output out.jsonl
 
 in.jsonl has rows {"prompt": text}, out.jsonl rows {"prompt", "completion", "token_ids"}, written as they are answered.
+
+    python generate.py --model FOLDER --prompt "What is 3 + 4?" --infill "It is [MASK:1], because [MASK:12]."
+
+With --infill, the answer is given with gaps, each of a number of tokens, and printed with them filled in. In in.jsonl,
+it is the row's "infill"; out.jsonl then has the fillings as "filled".
 """
 
 import argparse
 import json
 import os
+import re
 from pathlib import Path
 
 from blockwise.cli import InputError, progress, read_jsonl, run_script
@@ -22,7 +28,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder of a checkpoint, or hub id")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="a text; its answer is printed")
-    source.add_argument("--prompts", help='jsonl file with rows {"prompt": text}')
+    source.add_argument("--prompts", help='jsonl file with rows {"prompt": text}, and perhaps "infill": text')
+    parser.add_argument("--infill", help="an answer with gaps such as [MASK:12], of 12 tokens, to --prompt")
     parser.add_argument("--output", help="jsonl file to write, with --prompts; must not exist yet")
     add_flags(parser)
     parser.add_argument("--batch_size", type=int, default=16)
@@ -30,6 +37,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.prompts) != bool(args.output) or args.batch_size < 1:
         parser.error("--prompts and --output belong together, and --batch_size must be at least 1")
+    if args.infill is not None and args.prompts:
+        parser.error('with --prompts, the answers with gaps are the "infill" of its rows')
     return args
 
 
@@ -38,7 +47,7 @@ def main():
     settings = from_flags(args)
     if args.output:
         check_output(Path(args.output))
-    texts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts)
+    texts, gaps = ([args.prompt], [args.infill]) if args.prompt is not None else read_prompts(args.prompts)
     if not texts[0].strip():
         raise InputError("--prompt is empty.")
     import torch  # only now: a mistyped flag is reported without waiting for it
@@ -49,15 +58,56 @@ def main():
     model, tokenizer = decode.load(args.model, args.dtype, Ranks.from_environment().device, args.adapter)
     ends, generator = decode.end_ids(model, tokenizer), torch.Generator(model.device).manual_seed(args.seed)
     prompts = [encode(tokenizer, text, args.raw) for text in texts]
+    if gaps[0] is not None:
+        fill(model, tokenizer, texts, prompts, gaps, args, settings, generator)
+        return
     decode.make_canvas(model.config, prompts, settings.gen_length, "cpu")  # they fit, before the first is answered
     bar = progress(total=len(texts), desc="answering", unit="prompt", disable=not args.output)
     for start in range(0, len(texts), args.batch_size):
         some = slice(start, start + args.batch_size)
         ids, _ = decode.decode(model, prompts[some], settings, ends, generator)
-        rows = [(text, decode.completion(tokenizer, row, ends), row) for text, row in zip(texts[some], ids.tolist())]
+        answers = [(decode.completion(tokenizer, row, ends), row) for row in ids.tolist()]
+        rows = [
+            {"prompt": text, "completion": answer, "token_ids": row}
+            for text, (answer, row) in zip(texts[some], answers)
+        ]
         write(rows, args.output)
         bar.update(len(rows))
     bar.close()
+
+
+def fill(model, tokenizer, texts: list, prompts: list, gaps: list, args, settings, generator) -> None:
+    """Answers with gaps: prints or writes them, filled in. Raises InputError."""
+    from blockwise.decoding import decode
+
+    answers = [with_masks(tokenizer, model.config.mask_token_id, gap) for gap in gaps]
+    bar = progress(total=len(texts), desc="filling in", unit="answer", disable=not args.output)
+    for start in range(0, len(texts), args.batch_size):
+        some, rows = slice(start, start + args.batch_size), []
+        whole = [prompt + ids for prompt, (ids, _) in zip(prompts[some], answers[some])]
+        filled = decode.infill(model, whole, settings, generator)
+        for text, prompt, (_, places), ids in zip(texts[some], prompts[some], answers[some], filled):
+            ids = ids[len(prompt) :]
+            parts = [tokenizer.decode(ids[place], skip_special_tokens=True) for place in places]
+            answer = tokenizer.decode(ids, skip_special_tokens=True)
+            rows.append({"prompt": text, "completion": answer, "filled": parts, "token_ids": ids})
+        write(rows, args.output)
+        bar.update(len(rows))
+    bar.close()
+
+
+def with_masks(tokenizer, mask_id: int, text: str) -> tuple[list[int], list[slice]]:
+    """An answer with gaps as ids, [MASK:3] as three masks, and where the gaps are. Raises InputError."""
+    ids, places, parts = [], [], re.split(r"\[MASK:(\d+)\]", text)
+    for number, part in enumerate(parts):
+        if number % 2:
+            places.append(slice(len(ids), len(ids) + int(part)))
+            ids += [mask_id] * int(part)
+        elif part:
+            ids += tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+    if not places or any(place.start == place.stop for place in places):
+        raise InputError(f"{text!r:.200} has no gap such as [MASK:12], or one of no token.")
+    return ids, places
 
 
 def check_output(path: Path) -> None:
@@ -68,15 +118,19 @@ def check_output(path: Path) -> None:
         raise InputError(f"--output {path}: {path.parent} is not a folder that can be written to.")
 
 
-def read_prompts(path: str) -> list[str]:
-    """The prompts of a jsonl file. Raises InputError that names the line."""
-    prompts = []
+def read_prompts(path: str) -> tuple[list[str], list[str | None]]:
+    """The prompts of a jsonl file, and the answers with gaps, or None. Raises InputError that names the line."""
+    prompts, gaps = [], []
     for number, row in read_jsonl(path):
         prompt = row.get("prompt")
         if not isinstance(prompt, str) or not prompt.strip():
             raise InputError(f'{path}, line {number} is not a row {{"prompt": text}} with some text.')
+        gap = row.get("infill")
+        if gap is not None and not isinstance(gap, str) or gaps and (gap is None) != (gaps[0] is None):
+            raise InputError(f'{path}, line {number}: either all rows have an "infill", a text, or none has.')
         prompts.append(prompt)
-    return prompts
+        gaps.append(gap)
+    return prompts, gaps
 
 
 def encode(tokenizer, text: str, raw: bool) -> list[int]:
@@ -89,12 +143,12 @@ def encode(tokenizer, text: str, raw: bool) -> list[int]:
 
 
 def write(rows: list, output: str | None) -> None:
-    """Prints answers, or appends them to the output file."""
+    """Prints the answers of rows, or appends the rows to the output file."""
     if not output:
-        for _, answer, _ in rows:
-            print(answer)
+        for row in rows:
+            print(row["completion"])
         return
-    lines = [json.dumps(dict(zip(("prompt", "completion", "token_ids"), row)), ensure_ascii=False) for row in rows]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     with files.writing(f"--output {output}"):
         files.append(output, "\n".join(lines) + "\n")
 

@@ -62,7 +62,9 @@ def main():
     for claim, settings in claims.items():
         final = {name: rows for name, rows in reported(claim, settings).items() if rows}
         figures = [("", draw)] * bool(final)
-        figures += [("_steps", draw_steps)] * any(setting.curve for setting in CLAIMS[claim])
+        figures += [("_steps", draw_steps)] * any(
+            setting.curve and final.get(setting.name) for setting in CLAIMS[claim]
+        )
         figures += [("_blocks", draw_blocks)] * any("training 1, " in setting.name for setting in CLAIMS[claim])
         text.append(f"## {claim}: {TITLES[claim]}\n")
         for end, picture in figures:
@@ -173,24 +175,31 @@ def draw(claim: str, settings: dict[str, list[dict]], path: Path) -> None:
 
 def draw_steps(claim: str, settings: dict[str, list[dict]], path: Path) -> None:
     """Pass@1 of the checkpoints of a training: the mean over the seeds, and each seed as a thin line."""
-    figure, panel = plt.subplots(figsize=(7, 4), layout="constrained")
     checkpoints = reported(claim, settings, all_steps=True)
-    for setting in CLAIMS[claim]:
-        rows = checkpoints[setting.name] if setting.curve else []
-        color, by_seed, by_step = {FULLSEQ: "C1", BLOCKWISE: "C0"}.get(setting.script), {}, {}
-        for row in rows:
+    curves = [setting for setting in CLAIMS[claim] if setting.curve and checkpoints[setting.name]]
+    pairs = list(dict.fromkeys(what_of(setting) for setting in curves))  # a panel for each pair of methods
+    figure, _ = plt.subplots(1, len(pairs), figsize=(5 * len(pairs), 3.6), sharey=True, layout="constrained")
+    for setting in curves:
+        panel = figure.axes[pairs.index(what_of(setting))]
+        color, by_seed, by_step = {FULLSEQ: "C1", BLOCKWISE: "C0"}[setting.script], {}, {}
+        for row in checkpoints[setting.name]:
             step, passed = int(row["steps"]), 100 * float(row["pass_at_1"])
             by_seed.setdefault(row["seed"], []).append((step, passed))
             by_step.setdefault(step, []).append(passed)
         for points in by_seed.values():
             panel.plot(*zip(*points), color=color, alpha=0.3, linewidth=1)
-        if rows:
-            means = [fmean(values) for values in by_step.values()]
-            panel.plot(list(by_step), means, color=color, linewidth=2.5, label=setting.name)
-    panel.set(xlabel="optimizer steps", ylabel="Pass@1 (%)", ylim=(-2, 102))
-    panel.grid(alpha=0.3)
-    panel.legend()
+        means = [fmean(values) for values in by_step.values()]
+        panel.plot(list(by_step), means, color=color, linewidth=2.5, label=setting.name.partition(", ")[0])
+        panel.set(xlabel="optimizer steps", title=what_of(setting), ylim=(-2, 102))
+        panel.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("Pass@1 (%)")
+    figure.axes[0].legend()
     finish(figure, claim, path)
+
+
+def what_of(setting) -> str:
+    """`rule 1` of `block-wise, rule 1`."""
+    return setting.name.partition(", ")[2]
 
 
 def draw_blocks(claim: str, settings: dict[str, list[dict]], path: Path) -> None:

@@ -31,6 +31,42 @@ def test_answers_are_those_of_decode_in_the_order_of_the_prompts(base, tokenizer
         assert row["completion"] == tokenizer.decode(row["token_ids"], skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("raw", [False, True])
+def test_gaps_are_filled_in(base, tokenizer, tmp_path, call, raw):
+    answers = ["Eva has [MASK:3] shells, Gus [MASK:2][MASK:1].", "[MASK:5] and ö"]
+    rows = [{"prompt": "Who has what?", "infill": answer} for answer in answers]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = ("--prompts", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    code, _, err = call("--model", base, *files, *SHORT, *["--raw"] * raw)
+    assert code == 0, err
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    model = models.load_model(base, torch.float32).eval()
+    turn = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nWho has what?"
+    turn += "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    prompt = tokenizer("Who has what?" if raw else turn)["input_ids"]
+    pieces = [["Eva has ", 3, " shells, Gus ", 2, 1, "."], [5, " and ö"]]
+    for row, parts in zip(written, pieces, strict=True):
+        ids, places = [], []
+        for part in parts:
+            places += [slice(len(ids), len(ids) + part)] if isinstance(part, int) else []
+            ids += [4] * part if isinstance(part, int) else tokenizer(part)["input_ids"]
+        (filled,) = decode.infill(model, [prompt + ids], Settings(16, 8, 16))
+        assert row["token_ids"] == filled[len(prompt) :] and 4 not in row["token_ids"]
+        assert row["filled"] == [
+            tokenizer.decode(row["token_ids"][place], skip_special_tokens=True) for place in places
+        ]
+    code, out, err = call(
+        "--model", base, "--prompt", "Who has what?", "--infill", answers[0], *SHORT, *["--raw"] * raw
+    )
+    assert code == 0 and out == written[0]["completion"] + "\n", err
+
+
+@pytest.mark.parametrize("gaps", ["no gap", "one of no token: [MASK:0]"])
+def test_answers_without_gaps_are_refused(base, call, gaps):
+    code, out, err = call("--model", base, "--prompt", "Who?", "--infill", gaps, *SHORT)
+    assert code == 1 and "has no gap such as [MASK:12], or one of no token" in err and not out
+
+
 def test_with_an_adapter_answers_are_those_of_base_and_adapters(base, adapter, adapted, tokenizer, tmp_path, call):
     (tmp_path / "in.jsonl").write_text('{"prompt": "Ada has 3 pens."}\n{"prompt": "Gus ö"}\n')
     files = ("--prompts", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--raw")

@@ -122,6 +122,38 @@ def stream(
     yield answer, rows
 
 
+@torch.no_grad()
+def infill(
+    model, texts: list[list[int]], settings: Settings, generator: torch.Generator | None = None
+) -> list[list[int]]:
+    """Fills in the masks of texts, lists of ids, and returns them whole. The model sees what is before and behind.
+
+    Windows of block_length tokens are filled from left to right, as blocks are in decode, each in as many steps as a
+    block; gen_length and steps only say how many tokens a step writes. Raises InputError.
+    """
+    if block_diffusion_size(model.config):
+        raise InputError("this checkpoint was trained to see no later block, so it cannot fill in gaps.")
+    if settings.cfg_scale or settings.cache != "none":
+        raise InputError("filling in gaps has neither guidance nor a cache; leave cfg_scale and cache as they are.")
+    config, longest = model.config, max(map(len, texts))
+    if longest > config.max_position_embeddings:
+        raise InputError(f"a text has {longest} tokens; the model has {config.max_position_embeddings} positions.")
+    canvas = torch.full((len(texts), longest), config.pad_token_id)  # (B, L), padded on the right
+    seen = torch.zeros_like(canvas, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        canvas[row, : len(text)], seen[row, : len(text)] = torch.tensor(text), True
+    canvas, seen, none = canvas.to(model.device), seen.to(model.device), torch.empty(0, device=model.device)
+    per_step = -(-settings.gen_length // settings.steps)
+    for start in range(0, longest, settings.block_length):
+        window = slice(start, min(start + settings.block_length, longest))
+        number = min(per_step, window.stop - window.start)
+        while len(todo := (canvas[:, window] == config.mask_token_id).any(dim=1).nonzero()[:, 0]):
+            logits = Forward(model, canvas, seen, todo, window, settings).first()
+            ids = canvas[todo, window]
+            canvas[todo, window] = commit(logits, ids, config.mask_token_id, number, settings, none, generator)
+    return [row[: len(text)].tolist() for row, text in zip(canvas, texts)]
+
+
 def make_canvas(config, prompts: list[list[int]], gen_length: int, device) -> tuple[Tensor, Tensor]:
     """Prompts on the right edge of P columns, then gen_length masks. Returns ids, and where they are real, (B, L) both.
 
