@@ -8,6 +8,7 @@ trained to fill in masks, what it writes is of little use: position i predicts t
 """
 
 import argparse
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,7 @@ ROWS = 64  # embeddings that must grow get a multiple of this number of rows
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="hub id or folder of an autoregressive decoder")
+    parser.add_argument("--model", required=True, help="hub id or folder of an autoregressive decoder, or a .gguf file")
     parser.add_argument("--output", required=True, help="folder to write")
     args = parser.parse_args()
     output = Path(args.output)
@@ -28,8 +29,11 @@ def main():
         raise InputError(f"--output {output} exists; name another folder, or remove it.")
     from blockwise.models import hub  # only now: a mistyped flag is reported without waiting for it
 
-    folder = hub.local_folder(args.model)
-    model, tokenizer = load(folder), hub.load_tokenizer(folder)
+    if args.model.endswith(".gguf"):
+        model, tokenizer = load_gguf(Path(args.model))
+    else:
+        folder = hub.local_folder(args.model)
+        model, tokenizer = load(folder), hub.load_tokenizer(folder)
     how = add_mask(model, tokenizer)
     set_ids(model.config, tokenizer)
     unfinished = output.with_name(f"{output.name}.unfinished")
@@ -46,19 +50,43 @@ def main():
 
 def load(folder: Path):
     """The model of a folder with attention in both directions and no dropout. Raises InputError."""
+    from blockwise.models import base as models
+
+    return load_as(models.read_config(folder), folder, "auto")
+
+
+def load_gguf(file: Path):
+    """The same of a GGUF file, its weights dequantized, in bfloat16; and its tokenizer. Raises InputError."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer, GgufConfig
+
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(f"{file}: reading it needs the package gguf; pip install gguf.")
+    if not file.is_file():
+        raise InputError(f"--model {file} does not exist.")
+    how = {"gguf_file": file.name}
+    try:
+        config, tokenizer = (auto.from_pretrained(file.parent, **how) for auto in (AutoConfig, AutoTokenizer))
+    except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
+        raise InputError(f"{file} cannot be read: {error}") from error
+    how["quantization_config"] = GgufConfig(dequantize=True)
+    return load_as(config, file.parent, torch.bfloat16, **how), tokenizer
+
+
+def load_as(config, folder: Path, dtype, **how):
+    """The model of a folder, or of a file in it, after the config has been changed. Raises InputError."""
     import transformers
     from safetensors import SafetensorError
 
     from blockwise.models import base as models
     from blockwise.models import hub
 
-    config = models.read_config(folder)
     models.check_supported(config, folder)
     config.is_causal, config.use_cache = False, False
     for name, value in config.to_dict().items():
         if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
-    how = {"config": config, "dtype": "auto", "output_loading_info": True, "trust_remote_code": False}
+    how |= {"config": config, "dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, **how)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -1,5 +1,6 @@
 """Any decoder as a base: converting, then training, merging, loading and decoding, on tiny models of several types."""
 
+import importlib.util
 import json
 
 import pytest
@@ -217,6 +218,13 @@ def test_what_cannot_become_a_base_is_one_sentence(autoregressive, base, tmp_pat
         convert(monkeypatch, base, tmp_path)
     with pytest.raises(InputError, match="autoregressive llama checkpoint.*convert it with a2d.py"):
         models.load_config(autoregressive("llama"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is not None, reason="the package gguf is installed")
+def test_a_gguf_file_needs_a_package(tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match="model.gguf: reading it needs the package gguf; pip install gguf"):
+        convert(monkeypatch, tmp_path / "model.gguf", tmp_path / "base")
 
 
 def test_the_command(autoregressive, tmp_path):

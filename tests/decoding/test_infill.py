@@ -1,6 +1,5 @@
 """Filling in gaps: against a literal version, in batches, and by generate.py."""
 
-
 import pytest
 import torch
 
