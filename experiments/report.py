@@ -33,9 +33,9 @@ TITLES = {
     "K5": "fewer decoding steps",
     "K6": "dropout on the inputs of the adapters (the trainers' default is 0.05)",
     "N1": "a new rule of the task lag at equal steps and FLOPs",
-    "N2": "noise in the prefix, a visible suffix, no blocks, on the task lag",
-    "N3": "where it ends: rank of the adapters, three times the steps, no new rule",
-    "N4": "training block size against decoding block size, on the task lag",
+    "N2": "noise in the prefix, a visible suffix, no blocks, on the task lag3",
+    "N3": "where it ends: rank of the adapters, three times the steps, no new rule, on the task lag3",
+    "N4": "training block size against decoding block size, on the task lag3",
     "N5": "a new rule at equal steps and FLOPs, when a token needs three earlier ones: the task lag3",
 }
 HEAD = """# Results
