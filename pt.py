@@ -38,8 +38,10 @@ def parse_args() -> argparse.Namespace:
     text.add_argument("--streaming", action="store_true", help="read the data set as a stream, without storing it")
     text.add_argument("--max_tokens", type=int, default=0, help="stop after N tokens; 0 = all of the data set")
     args = parser.parse_args()
-    if args.max_len < 2 or args.max_samples < 0 or args.max_tokens < 0:
-        parser.error("--max_len must be at least 2, --max_samples and --max_tokens at least 0")
+    if args.max_len < 2 or args.max_samples < 0:
+        parser.error("--max_len must be at least 2 and --max_samples at least 0")
+    if args.max_tokens < 0:
+        parser.error("--max_tokens must be at least 0")
     if (args.insert_eos or args.streaming or args.max_tokens) and not args.text:
         parser.error("--insert_eos, --streaming and --max_tokens belong to --text")
     return args

@@ -154,6 +154,6 @@ CLAIMS = {
     "N5": [
         Setting("base, rule 1", "", task=LAG3[1], against=None),
         *lag_pair("rule 1", LAG3[1], curve=True),
-        *lag_pair("rule 2", LAG3[2], curve=True),
+        *lag_pair("rule 2", LAG3[2]),
     ],
 }  # fmt: skip

@@ -145,10 +145,8 @@ def run_all(todo: list[Run], jobs: int, work: Path, results: Path, scale: Scale)
     try:
         bases = {base_folder(run.setting.task, run.seed, work, scale): run for run in todo}
         rows = {rows_file(run.setting.task, work, scale): run for run in todo}  # they need the tokenizer of a base
-        for what, make, missing_ones in (("bases", make_base, bases), ("problems", make_rows, rows)):
-            started = [
-                pool.submit(make, run, path, work, scale) for path, run in missing_ones.items() if not path.exists()
-            ]
+        for what, make, paths in (("bases", make_base, bases), ("problems", make_rows, rows)):
+            started = [pool.submit(make, run, path, work, scale) for path, run in paths.items() if not path.exists()]
             for job in progress(as_completed(started), total=len(started), desc=what, unit="file"):
                 job.result()
         started = {pool.submit(rows_of, runs, work, scale): len(runs) for runs in trainings.values()}
