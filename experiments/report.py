@@ -136,17 +136,14 @@ def tried(claim: str, settings: dict[str, list[dict]]) -> str:
     tuned = [setting for setting in CLAIMS[claim] if setting.lrs and settings[setting.name]]
     if not tuned:
         return ""
-    lines = [
-        f"| learning rate, seed 0 | {' | '.join(f'{lr:g}' for lr in tuned[0].lrs)} |",
-        "|---" * (len(tuned[0].lrs) + 1) + "|",
-    ]
+    rates = sorted({lr for setting in tuned for lr in setting.lrs})
+    lines = [f"| learning rate, seed 0 | {' | '.join(f'{lr:g}' for lr in rates)} |", "|---" * (len(rates) + 1) + "|"]
     for setting in tuned:
         rows = settings[setting.name]
         last = {float(row["lr"]): float(row["pass_at_1"]) for row in rows if row["seed"] == "0"}  # of the last step
         lr = chosen_lr(claim, setting, rows)
         cells = [
-            ("**{:.1%}**" if rate == lr else "{:.1%}").format(last[rate]) if rate in last else ""
-            for rate in setting.lrs
+            ("**{:.1%}**" if rate == lr else "{:.1%}").format(last[rate]) if rate in last else "" for rate in rates
         ]
         lines.append(f"| {setting.name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
