@@ -6,6 +6,7 @@ Writes experiments/report.md and experiments/figures/*.png. The intervals are St
 """
 
 import argparse
+import textwrap
 from pathlib import Path
 from statistics import fmean, median, stdev
 
@@ -162,7 +163,8 @@ def draw(claim: str, settings: dict[str, list[dict]], path: Path) -> None:
         for y, rows in enumerate(settings.values()):
             values = [100 * float(row[key]) for row in rows]
             mean, half = interval(values)
-            panel.errorbar(mean, y, xerr=half, fmt="o", color="C0", capsize=3)
+            inside = [[min(half, mean)], [min(half, 100 - mean)]]  # no rate is below 0 or above 100 %
+            panel.errorbar(mean, y, xerr=inside, fmt="o", color="C0", capsize=3)
             panel.plot(values, [y] * len(values), ".", color="0.6", zorder=0)
         panel.set(xlabel=f"{label} (%)", yticks=range(len(settings)), yticklabels=settings)
         panel.grid(axis="x", alpha=0.3)
@@ -221,7 +223,7 @@ def draw_blocks(claim: str, settings: dict[str, list[dict]], path: Path) -> None
 
 
 def finish(figure, claim: str, path: Path) -> None:
-    figure.suptitle(f"{claim}: {TITLES[claim]}", fontsize=10)
+    figure.suptitle(textwrap.fill(f"{claim}: {TITLES[claim]}", int(12 * figure.get_figwidth())), fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
