@@ -35,18 +35,18 @@ class Samples:
     number: Tensor  # (N,) which entry of DATA_PT it is
     unanswered: int  # samples that were left out because nothing follows their prompt
     padding: int = 0  # the id that is padded with
-    is_text: bool = False
+    width: int = 0  # of texts: the tokens that they are padded to; 0 = these are no texts, and padded already
 
     def to(self, device: torch.device) -> "Samples":
         """All but the ids of texts, which may be larger than the device's memory."""
-        ids = self.ids if self.is_text else self.ids.to(device)
+        ids = self.ids if self.width else self.ids.to(device)
         rest = (self.prompt_len, self.length, self.number)
-        return Samples(ids, *(tensor.to(device) for tensor in rest), self.unanswered, self.padding, self.is_text)
+        return Samples(ids, *(tensor.to(device) for tensor in rest), self.unanswered, self.padding, self.width)
 
-    def batch(self, sample: Tensor, block: Tensor, max_len: int) -> masking.Batch:
-        """These samples, (G,) indices, padded to max_len. block: (G,), see masking.Batch."""
+    def batch(self, sample: Tensor, block: Tensor) -> masking.Batch:
+        """These samples, (G,) indices, padded to MAX_LEN. block: (G,), see masking.Batch."""
         ids = self.ids[sample.to(self.ids.device)].to(sample.device).long()
-        ids = F.pad(ids, (0, max_len - ids.shape[1]), value=self.padding)
+        ids = F.pad(ids, (0, max(self.width - ids.shape[1], 0)), value=self.padding)
         return masking.Batch(ids, self.prompt_len[sample], self.length[sample], block)
 
 
@@ -86,7 +86,7 @@ def text_samples(ids: Tensor, knobs: SimpleNamespace, config) -> Samples:
         check_ids(knobs.DATA_PT, ids[first : first + CHECKED], config.vocab_size, knobs.MASK_ID, first)
     number = torch.arange(len(ids))
     length = torch.full_like(number, knobs.MAX_LEN if knobs.EOS_TAIL else ids.shape[1])
-    return Samples(ids, torch.zeros_like(number), length, number, 0, config.pad_token_id, is_text=True)
+    return Samples(ids, torch.zeros_like(number), length, number, 0, config.pad_token_id, knobs.MAX_LEN)
 
 
 # what a damaged zip, or a good zip with a bad pickle, makes zipfile and torch.load raise

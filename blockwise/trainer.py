@@ -76,7 +76,7 @@ def global_batch(run: "Run", step: int) -> tuple[Tensor, masking.Noised]:
     """The samples of a step, (G,) indices, and their noise, the same on every rank."""
     size, samples = global_batch_size(run.knobs, run.ranks), run.samples
     sample, block = run.plan[(step - 1) * size : step * size].T  # (G,), (G,)
-    batch = samples.batch(sample, block, run.knobs.MAX_LEN)
+    batch = samples.batch(sample, block)
     generator = torch.Generator(run.ranks.device).manual_seed(derive_seed(run.knobs.SEED, "masks", step))
     return sample, run.noise(batch, generator, run.knobs)
 
@@ -344,7 +344,7 @@ def gap_on_first_samples(run: Run, folder: Path) -> str:
     """Compares the checkpoint's logits with those of base + adapters on the first samples; see checkpoint.logit_gap."""
     some, samples = slice(checkpoint.COMPARED), run.samples
     first = torch.arange(len(samples.number), device=samples.number.device)[some]
-    batch = samples.batch(first, torch.zeros_like(first), run.knobs.MAX_LEN)
+    batch = samples.batch(first, torch.zeros_like(first))
     run.model.eval()
     sentence = checkpoint.logit_gap(
         run.model, run.base, folder, batch.input_ids, batch.prompt_len, batch.length, run.knobs.MASK_ID

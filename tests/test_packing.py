@@ -107,7 +107,7 @@ def test_shorter_samples_are_padded_and_wrong_ones_refused(tmp_path):
         config = SimpleNamespace(pad_token_id=1, vocab_size=vocab_size)
         return make_samples(read_pt(knobs["DATA_PT"]), SimpleNamespace(**knobs | changes), config)
 
-    batch = samples().batch(torch.tensor([2, 0]), torch.tensor([0, 0]), 16)
+    batch = samples().batch(torch.tensor([2, 0]), torch.tensor([0, 0]))
     assert batch.input_ids.tolist() == [[*row.tolist(), 1, 1, 1, 1, 1, 1] for row in (ids[2], ids[0])]
     assert batch.prompt_len.tolist() == [0, 0] and batch.length.tolist() == [10, 10]
     assert len(samples().number) == 3 and len(samples(MAX_SAMPLES=0).number) == 5

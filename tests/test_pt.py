@@ -366,7 +366,7 @@ def test_encode_equals_one_row_at_a_time(tokenizer, filter_type):
 
 
 def test_the_fast_tokenizer_is_used_only_where_it_agrees(tokenizer, monkeypatch, capsys):
-    sample, texts = {"query": ["What is 1 + 1?"], "response": ["2 é\n"]}, ["a <|eot_id|> b", "", "What is 7?"]
+    sample, texts = ["What is 1 + 1?", "2 é\n"], ["a <|eot_id|> b", "", "What is 7?"]
     wanted = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     chosen = pt.encoder(tokenizer, sample)
     assert chosen.__name__ == "by_fastokens" and [ids.tolist() for ids in chosen(texts)] == wanted
@@ -455,6 +455,7 @@ def test_defaults_are_the_references(monkeypatch):
     assert vars(pt.parse_args()) == {
         "output": "MathQA_256.pt", "model": "GSAI-ML/LLaDA-8B-Instruct", "dataset": "meta-math/MetaMathQA",
         "split": "train", "max_len": 256, "max_samples": 20000, "filter_type": "GSM",
+        "text": None, "insert_eos": False, "streaming": False, "max_tokens": 0,
     }  # fmt: skip
 
 

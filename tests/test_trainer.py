@@ -410,7 +410,7 @@ def test_the_config_must_allow_training(base, tmp_path, config, said, monkeypatc
     shutil.copytree(base, tmp_path / "base")
     file = tmp_path / "base/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
-    monkeypatch.setattr(llada, "check_tensors", lambda folder, config: None)  # the weights are not what this is about
+    monkeypatch.setattr(models, "check_tensors", lambda folder, config: None)  # the weights are not what this is about
     with pytest.raises(InputError, match=said):
         engine.check_model(tmp_path / "base", knobs_for(base))
 
