@@ -162,6 +162,9 @@ def start(
     ranks, data = Ranks.from_environment(), read_pt(knobs.DATA_PT)  # before the base, which may be a large download
     base = hub.local_folder(knobs.MODEL_NAME)
     config = engines.check_model(base, knobs)
+    if block_diffusion and not models.meta_model(config)._supports_sdpa:
+        what = "other attention of transformers adds a boolean mask to the scores, which then masks nothing"
+        raise InputError(f"{base}: block diffusion needs a model type with sdpa attention; {what}.")
     samples = make_samples(data, knobs, config)
     previews = Previews(base, config, samples, knobs) if knobs.SAMPLE_EVERY else None
     answer_len = samples.length - samples.prompt_len  # (N,)
@@ -342,8 +345,8 @@ def config_of(run: Run) -> dict:
 
 def gap_on_first_samples(run: Run, folder: Path) -> str:
     """Compares the checkpoint's logits with those of base + adapters on the first samples; see checkpoint.logit_gap."""
-    some, samples = slice(checkpoint.COMPARED), run.samples
-    first = torch.arange(len(samples.number), device=samples.number.device)[some]
+    samples = run.samples
+    first = torch.arange(min(checkpoint.COMPARED, len(samples.number)), device=samples.number.device)
     batch = samples.batch(first, torch.zeros_like(first))
     run.model.eval()
     sentence = checkpoint.logit_gap(

@@ -57,21 +57,22 @@ def decoding(block, steps_per_block=None, gen_length=GEN_LENGTH):
 BOTH = (("full sequence", FULLSEQ), ("block-wise", BLOCKWISE))
 
 
-def lag(name, script=BLOCKWISE, task=LAG[1], against="", curve=False, lrs=LRS, **knobs):
-    """A setting on the task lag or lag3, its learning rate chosen."""
-    return Setting(name, script, knobs, task=task, lrs=lrs, against=against, curve=curve)
+def lag(name, script=BLOCKWISE, task=LAG[1], against="", curve=False, lrs=LRS, lr_of="", **knobs):
+    """A setting on the task lag or lag3, its learning rate chosen from lrs, or that of another setting."""
+    lrs = () if lr_of else lrs
+    return Setting(name, script, knobs, task=task, lrs=lrs, lr_of=lr_of, against=against, curve=curve)
 
 
-def lag_pair(what, task=LAG[1], lr_of="", lrs=LRS, **how):
-    """Both methods on such a task, compared. lr_of: the setting from which they take their learning rates."""
-    names = [f"{name}, {what}" for name, _ in BOTH]
-    pair = [
-        lag(name, script, task, against, lrs=() if lr_of else lrs, **how)
-        for name, (_, script), against in zip(names, BOTH, (None, names[0]))
-    ]
-    for setting, (name, _) in zip(pair, BOTH):
-        setting.lr_of = f"{name}, {lr_of}" if lr_of else ""
-    return pair
+def lag_pair(what, task=LAG[1], lr_of="", **how):
+    """Both methods on such a task, compared. lr_of: `what` of the pair from which they take their learning rates."""
+    first = f"{BOTH[0][0]}, {what}"
+    return [
+        lag(
+            f"{name}, {what}", script, task, None if script == FULLSEQ else first,
+            lr_of=f"{name}, {lr_of}" if lr_of else "", **how,
+        )
+        for name, script in BOTH
+    ]  # fmt: skip
 
 
 def blocks(train, block, task, **lr):

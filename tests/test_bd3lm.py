@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import launch
 from test_a2d import KINDS
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTJConfig
 
 import masking
 import train_bd3lm
@@ -258,3 +258,14 @@ def test_it_trains_and_its_checkpoint_is_decoded_by_blocks(tmp_path, base, pt_fi
     assert decode.block_diffusion_size(again) is None, "trained to see all of the answer, it is decoded so"
     done = launch(1, "train_bd3lm.py", "--MASK_LOW=0.9", "--MASK_HIGH=0.9", cwd=tmp_path)
     assert done.returncode and "MASK_LOW=0.9 must be below MASK_HIGH=0.9" in done.stdout + done.stderr
+
+
+def test_a_model_type_whose_attention_ignores_boolean_masks_is_refused(forked, tokenizer, tmp_path):
+    """GPT-J has no sdpa attention: its own would add the mask to the scores."""
+    config = GPTJConfig(vocab_size=400, n_embd=32, n_layer=1, n_head=4, n_positions=256, rotary_dim=4, eos_token_id=END)
+    config.is_causal, config.mask_token_id, config.pad_token_id = False, MASK, END
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    done = forked(tmp_path / "run", 1, "train_bd3lm.py", MODEL_NAME=tmp_path / "base", LORA_RANK=0, LORA_DROPOUT=0.0)
+    assert done.codes == [1] and "block diffusion needs a model type with sdpa attention" in done.output
+    assert "Traceback" not in done.output and not (tmp_path / "run/out").exists()
