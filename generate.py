@@ -66,10 +66,9 @@ def main():
     for start in range(0, len(texts), args.batch_size):
         some = slice(start, start + args.batch_size)
         ids, _ = decode.decode(model, prompts[some], settings, ends, generator)
-        answers = [(decode.completion(tokenizer, row, ends), row) for row in ids.tolist()]
         rows = [
-            {"prompt": text, "completion": answer, "token_ids": row}
-            for text, (answer, row) in zip(texts[some], answers)
+            {"prompt": text, "completion": decode.completion(tokenizer, row, ends), "token_ids": row}
+            for text, row in zip(texts[some], ids.tolist())
         ]
         write(rows, args.output)
         bar.update(len(rows))

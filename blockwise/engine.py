@@ -1,4 +1,4 @@
-"""The model with what is trained of it, the DeepSpeed ZeRO-2 engine around it, and its learning rate."""
+"""The model, with adapters or all weights trained, the DeepSpeed ZeRO-2 engine around it, and its learning rate."""
 
 import json
 import math
@@ -111,7 +111,7 @@ def engine_config(knobs: SimpleNamespace) -> dict:
         "gradient_clipping": knobs.MAX_GRAD_NORM,
         "optimizer": {"type": "AdamW", "params": adamw},
         "bf16": {"enabled": knobs.BF16},
-        "zero_optimization": {"stage": 2, "overlap_comm": False},  # gradients of adapters are small: no gain
+        "zero_optimization": {"stage": 2, "overlap_comm": False},  # adapters have small gradients: no gain
     }
 
 

@@ -49,12 +49,12 @@ def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
 
 
 def without_adapters(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
-    """The model itself; adapters, if it has some, are layers in it and still take part."""
+    """The model inside the PEFT model, in which adapters are layers and still count; the model itself without adapters."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def updates(model: PeftModel | PreTrainedModel) -> dict[str, Update]:
-    """{weight name in the hub's files: its update} of all that is trained."""
+    """{name in the checkpoint's files: what training gives} for every trained weight."""
     if not isinstance(model, PeftModel):
         return {models.file_name(model.config, name): weight.detach() for name, weight in model.named_parameters()}
     factors = {}
@@ -150,7 +150,7 @@ def rounded(chunk: tuple[Tensor, Tensor], name: str, dtype: torch.dtype, trained
 def copy_side_files(base: Path, out: Path, dtype: str = "bfloat16", config: dict | None = None) -> dict[str, dict]:
     """Copies what a checkpoint holds besides its weights: config, tokenizer, code, licence. Returns manifest lines.
 
-    config: what is to stand in config.json, where nothing (None) is what a missing key means.
+    config: values for config.json; None where the key may as well be missing.
     """
     names = [file.name for file in base.iterdir() if file.is_file() and file.suffix not in WEIGHTS]
     names = [name for name in names if name != files.MANIFEST]
