@@ -49,7 +49,7 @@ def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
 
 
 def without_adapters(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
-    """The model inside the PEFT model, in which adapters are layers and still count; the model itself without adapters."""
+    """The model inside a PEFT model, with the adapters as layers of it; a model without adapters as it is."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
