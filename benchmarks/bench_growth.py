@@ -84,7 +84,7 @@ def grow_data(args):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for rows in progress(args.rows, desc="rows"):
-            make = [sys.executable, ROOT / "experiments/make_data.py", "--output", folder / "data", "--rows", rows]
+            make = [sys.executable, "-m", "experiments.make_data", "--output", folder / "data", "--rows", rows]
             timed(make, folder)
             prepare = [sys.executable, ROOT / "pt.py", "--model", ROOT / "demo/base", "--dataset", folder / "data"]
             prepare += ["--output", folder / "rows.pt", "--max_samples", 0]
