@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", help="jsonl file to write, with --prompts; must not exist yet")
     add_flags(parser)
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--raw", action="store_true", help="no chat template: continue the text as it is")
+    parser.add_argument("--raw", action="store_true", help="no chat template: continue the text, or begin one")
     args = parser.parse_args()
     if bool(args.prompts) != bool(args.output) or args.batch_size < 1:
         parser.error("--prompts and --output belong together, and --batch_size must be at least 1")
@@ -47,9 +47,9 @@ def main():
     settings = from_flags(args)
     if args.output:
         check_output(Path(args.output))
-    texts, gaps = ([args.prompt], [args.infill]) if args.prompt is not None else read_prompts(args.prompts)
-    if not texts[0].strip():
-        raise InputError("--prompt is empty.")
+    texts, gaps = ([args.prompt], [args.infill]) if args.prompt is not None else read_prompts(args.prompts, args.raw)
+    if not texts[0].strip() and not args.raw:
+        raise InputError("--prompt is empty; with --raw, an empty one lets the model begin by itself.")
     import torch  # only now: a mistyped flag is reported without waiting for it
 
     from blockwise.decoding import decode
@@ -117,12 +117,15 @@ def check_output(path: Path) -> None:
         raise InputError(f"--output {path}: {path.parent} is not a folder that can be written to.")
 
 
-def read_prompts(path: str) -> tuple[list[str], list[str | None]]:
-    """The prompts of a jsonl file, and the answers with gaps, or None. Raises InputError that names the line."""
+def read_prompts(path: str, raw: bool) -> tuple[list[str], list[str | None]]:
+    """The prompts of a jsonl file, and the answers with gaps, or None. Raises InputError that names the line.
+
+    raw: a prompt may be empty.
+    """
     prompts, gaps = [], []
     for number, row in read_jsonl(path):
         prompt = row.get("prompt")
-        if not isinstance(prompt, str) or not prompt.strip():
+        if not isinstance(prompt, str) or not prompt.strip() and not raw:
             raise InputError(f'{path}, line {number} is not a row {{"prompt": text}} with some text.')
         gap = row.get("infill")
         if gap is not None and not isinstance(gap, str) or gaps and (gap is None) != (gaps[0] is None):

@@ -119,15 +119,45 @@ def sample_mean_weights(supervised: Tensor) -> Tensor:
     return supervised / (per_sample * samples).clamp(min=1)
 
 
-def bound_weights(supervised: Tensor, p: Tensor, blocks: Tensor | int, answer_len: Tensor) -> Tensor:
+def token_mean_weights(supervised: Tensor) -> Tensor:
+    """A sum with these weights is the mean over all supervised tokens. (B, L) bool -> (B, L) float."""
+    return supervised / supervised.sum().clamp(min=1)
+
+
+def bound_weights(
+    supervised: Tensor, p: Tensor, blocks: Tensor | int, answer_len: Tensor, per_token: bool = False
+) -> Tensor:
     """A sum with these weights is, on average over blocks and p, the block-wise diffusion bound per token.
 
     Theorem 3.3: one block and one p stand for all of them with the weight number of blocks x 1/p. With one block as
     long as the answer it is the loss of LLaDA (2502.09992, eq. 5). Samples without a supervised token do count.
+    The bound is the mean over samples of each one's bound per token; per_token: the mean over all tokens of the batch.
     supervised: (B, L) bool, p: (B, 1) or (B, L), blocks: (B,) or 1; answer_len: (B,) -> (B, L) float.
     """
-    per_sample = blocks / (answer_len * len(supervised))  # (B,)
+    tokens = answer_len.sum() if per_token else answer_len * len(supervised)  # () or (B,)
+    per_sample = (blocks / tokens).expand(len(supervised))  # (B,)
     return torch.where(supervised, per_sample[:, None] / p, 0.0)
+
+
+def loss_weights(supervised: Tensor, p: Tensor, answer_len: Tensor, *, bound: bool, per_token: bool) -> Tensor:
+    """The weights of a training whose every sample is one block: those of the knobs BOUND_WEIGHTS and LOSS_MEAN."""
+    if bound:
+        return bound_weights(supervised, p, 1, answer_len, per_token)
+    return token_mean_weights(supervised) if per_token else sample_mean_weights(supervised)
+
+
+def random_lengths(batch: Batch, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Cuts a share of the answers to a length that is uniform from 1 to their own, as LLaDA's pre-training does.
+
+    So the model learns texts that end before the last position (2502.09992, appendix B.1). Returns where the answers
+    end, (G,), and which positions the model sees, (G, L) bool: of a cut sample, none behind its end.
+    """
+    size = {"size": batch.length.shape, "generator": generator, "device": batch.length.device}
+    cut, answer_len = torch.rand(**size) < share, batch.length - batch.prompt_len  # (G,)
+    shorter = batch.prompt_len + 1 + (torch.rand(**size) * answer_len).long()  # (G,)
+    length = torch.where(cut, torch.minimum(shorter, batch.length), batch.length)
+    pos = torch.arange(batch.input_ids.shape[1], device=length.device)  # (L,)
+    return length, (pos < length[:, None]) | ~cut[:, None]
 
 
 def weighted_nll(logits: Tensor, part: Noised) -> Tensor:
@@ -164,15 +194,15 @@ class TwoStreams(Noised):
         return part
 
 
-def answer_blocks(prompt_len: Tensor, max_len: int, block_size: int) -> Tensor:
-    """The block of each position: 0 in the prompt, from 1 behind it. (B,) -> (B, L)"""
-    pos = torch.arange(max_len, device=prompt_len.device)  # (L,)
-    return num_blocks((pos + 1 - prompt_len[:, None]).clamp(min=0), block_size)
+def block_numbers(first: Tensor, max_len: int, block_size: int) -> Tensor:
+    """The block of each position: 0 before the position `first`, from 1 behind it. (B,) -> (B, L)"""
+    pos = torch.arange(max_len, device=first.device)  # (L,)
+    return num_blocks((pos + 1 - first[:, None]).clamp(min=0), block_size)
 
 
-def fill_blocks(prompt_len: Tensor, length: Tensor, max_len: int, block_size: int) -> Tensor:
+def fill_blocks(first: Tensor, length: Tensor, max_len: int, block_size: int) -> Tensor:
     """Where answers end whose last block is filled up with padding, as decoding writes whole blocks. (B,) each."""
-    return (prompt_len + num_blocks(length - prompt_len, block_size) * block_size).clamp(max=max_len)
+    return (first + num_blocks(length - first, block_size) * block_size).clamp(max=max_len)
 
 
 def block_diffusion_masks(
@@ -181,7 +211,7 @@ def block_diffusion_masks(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Draws which tokens of the answers are masked, all of which are supervised.
 
-    block: see answer_blocks, (B, L). A token is masked with the mask ratio p, uniform between low and high. per_block:
+    block: see block_numbers, (B, L). A token is masked with the mask ratio p, uniform between low and high. per_block:
     every block of every sample has its own, one from each of as many equal shares of that range, which lowers the
     variance of the loss (2503.09573, appendix); else every sample has one. Returns masked (B, L) bool, p (B, L).
     """
@@ -190,7 +220,8 @@ def block_diffusion_masks(
     uniform = {"generator": generator, "device": block.device}
     if per_block:
         blocks = torch.where(answer, block, 0)  # (B, L)
-        real = torch.arange(1, int(blocks.max()) + 1, device=block.device) <= blocks.amax(dim=1, keepdim=True)  # (B, N)
+        real = torch.zeros(len(block), int(blocks.max()) + 1, dtype=torch.bool, device=block.device)
+        real = real.scatter(1, blocks, True)[:, 1:]  # (B, N): blocks with tokens of the answer
         number = int(real.sum())
         shares = (torch.randperm(number, **uniform) + torch.rand(number, **uniform)) / number
         drawn = torch.zeros(real.shape, device=block.device).masked_scatter(real, shares)  # (B, N)

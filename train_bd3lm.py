@@ -14,12 +14,13 @@ from blockwise.cli import run_script
 from blockwise.knobs import at_least, between, one_of, override
 from train_fullseq import *  # noqa: F403
 
-del MASK_PROB_EPS  # noqa: F821  (MASK_LOW here)
+del MASK_PROB_EPS, RANDOM_LENGTH  # noqa: F821  (MASK_LOW here; every beginning of a sample is trained as it is)
 
 CKPT_DIR = "ckpts_bd3lm"  # start of the names of the checkpoint and log folders
 
 # ---------------------------------------------------------------- method
 BLOCK_SIZE: at_least(1) = 32  # tokens; that of decoding, too
+BLOCKS_FROM: one_of("answer", "sample") = "answer"  # where the first block starts; decoding does the same
 MASK_LOW: between(0.0, 1.0) = 1e-3  # mask ratios are uniform between this ...
 MASK_HIGH: between(0.0, 1.0) = 1.0  # ... and this
 MASK_RATIO: one_of("block", "sample") = "block"  # block: one ratio per block, as in the paper; sample: one per sample
@@ -33,22 +34,26 @@ def main():
 
     if not knobs.MASK_LOW < knobs.MASK_HIGH:
         raise InputError(f"MASK_LOW={knobs.MASK_LOW} must be below MASK_HIGH={knobs.MASK_HIGH}.")
-    trainer.train(knobs, noise, block_diffusion=knobs.BLOCK_SIZE)
+    blocks = {"block_diffusion_size": knobs.BLOCK_SIZE, "block_diffusion_from": knobs.BLOCKS_FROM}
+    trainer.train(knobs, noise, config=blocks)
 
 
 def noise(batch, generator, knobs):
     """Masks all blocks of a global batch (masking.Batch), and adds the clean samples. Returns a masking.TwoStreams."""
+    import torch
+
     import masking
 
-    length = masking.fill_blocks(batch.prompt_len, batch.length, knobs.MAX_LEN, knobs.BLOCK_SIZE)
-    block = masking.answer_blocks(batch.prompt_len, knobs.MAX_LEN, knobs.BLOCK_SIZE)
+    first = batch.prompt_len if knobs.BLOCKS_FROM == "answer" else torch.zeros_like(batch.prompt_len)
+    length = masking.fill_blocks(first, batch.length, knobs.MAX_LEN, knobs.BLOCK_SIZE)
+    block = masking.block_numbers(first, knobs.MAX_LEN, knobs.BLOCK_SIZE)
     masked, p = masking.block_diffusion_masks(
         batch.prompt_len, length, block, low=knobs.MASK_LOW, high=knobs.MASK_HIGH,
         per_block=knobs.MASK_RATIO == "block", generator=generator,
     )  # fmt: skip
-    weights = masking.sample_mean_weights(masked)
-    if knobs.BOUND_WEIGHTS:
-        weights = masking.bound_weights(masked, p, blocks=1, answer_len=length - batch.prompt_len)
+    weights = masking.loss_weights(
+        masked, p, length - batch.prompt_len, bound=knobs.BOUND_WEIGHTS, per_token=knobs.LOSS_MEAN == "token"
+    )
     return masking.two_streams(batch, masked, weights, knobs.MASK_ID, block)
 
 

@@ -23,6 +23,8 @@ MAX_SAMPLES: at_least(0) = 200 * 32  # the first N samples of DATA_PT; 0 = all
 MASK_PROB_EPS: between(0.0, 1.0) = 1e-3  # the mask ratio of a sample is uniform between this and 1
 EOS_TAIL = False  # True: the padding up to MAX_LEN is part of the answer, as in LLaDA's own SFT
 BOUND_WEIGHTS = False  # True: loss weighted 1/p, as in LLaDA's own SFT
+LOSS_MEAN: one_of("sample", "token") = "sample"  # every sample counts alike; token: every token of the global batch
+RANDOM_LENGTH: between(0.0, 1.0) = 0.0  # share of answers cut to a random length; 0.01 in LLaDA's pre-training
 
 # ---------------------------------------------------------------- adapters
 LORA_RANK: at_least(0) = (
@@ -36,8 +38,10 @@ TARGET_MODS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 LR: between(1e-12, 1.0) = 1e-5  # AdamW, betas (0.9, 0.95)
 WEIGHT_DECAY: between(0.0, 1.0) = 0.0
 WARMUP_TYPE: one_of("linear", "log") = "linear"  # log: DeepSpeed's WarmupCosineLR, as in the reference
-WARMUP_RATIO: between(0.0, 1.0) = 0.1  # share of the steps with warm-up; then cosine
-MIN_LR_RATIO: between(0.0, 1.0) = 0.01  # share of LR that is left in the last step
+WARMUP_RATIO: between(0.0, 1.0) = 0.1  # share of the steps with warm-up; then LR_SCHEDULE
+LR_SCHEDULE: one_of("cosine", "constant", "wsd") = "cosine"  # wsd: constant, then linear over the last DECAY_RATIO
+DECAY_RATIO: between(0.0, 1.0) = 0.1  # share of the steps with the linear decay of wsd
+MIN_LR_RATIO: between(0.0, 1.0) = 0.01  # share of LR that is left in the last step, but for a constant
 MAX_GRAD_NORM: at_least(1e-12) = 1.0  # larger gradients are scaled down
 MICRO_BSIZE: at_least(1) = 32  # per rank and forward pass; out of memory: halve this, double GRAD_ACC
 GRAD_ACC: at_least(1) = 1  # forward passes per optimizer step
@@ -70,13 +74,18 @@ def noise(batch, generator, knobs):
     """Masks a global batch (masking.Batch) anywhere in its answers. Returns a masking.Noised."""
     import masking
 
+    length, model_args = batch.length, {}
+    if knobs.RANDOM_LENGTH:
+        length, seen = masking.random_lengths(batch, knobs.RANDOM_LENGTH, generator)
+        model_args["attention_mask"] = seen
     masked, supervised, p = masking.full_sequence_masks(
-        batch.prompt_len, batch.length, knobs.MAX_LEN, mask_prob_eps=knobs.MASK_PROB_EPS, generator=generator
+        batch.prompt_len, length, knobs.MAX_LEN, mask_prob_eps=knobs.MASK_PROB_EPS, generator=generator
     )
-    weights = masking.sample_mean_weights(supervised)
-    if knobs.BOUND_WEIGHTS:
-        weights = masking.bound_weights(supervised, p, blocks=1, answer_len=batch.length - batch.prompt_len)
-    return masking.Noised(batch.input_ids.masked_fill(masked, knobs.MASK_ID), supervised, batch.input_ids, weights)
+    weights = masking.loss_weights(
+        supervised, p, length - batch.prompt_len, bound=knobs.BOUND_WEIGHTS, per_token=knobs.LOSS_MEAN == "token"
+    )
+    inputs = batch.input_ids.masked_fill(masked, knobs.MASK_ID)
+    return masking.Noised(inputs, supervised, batch.input_ids, weights, model_args=model_args)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,8 @@ class LLaDA(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
         """(log-likelihood, whether decoding gives it) of continuations behind their contexts."""
+        if decode.block_diffusion_size(self.model.config):
+            raise NotImplementedError("likelihoods of block-diffusion checkpoints are not measured here, only answers")
         results = []
         for texts, context, continuation in tqdm(requests, desc="likelihoods", disable=disable_tqdm):
             length = len(continuation)

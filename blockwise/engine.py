@@ -122,13 +122,13 @@ def write_config(knobs: SimpleNamespace) -> None:
 
 
 def start_engine(model: PeftModel | PreTrainedModel, knobs: SimpleNamespace, steps: int) -> deepspeed.DeepSpeedEngine:
-    """The DeepSpeed ZeRO-2 engine, with warm-up and cosine planned for exactly `steps` optimizer steps."""
+    """The DeepSpeed ZeRO-2 engine, its learning rate planned for exactly `steps` optimizer steps."""
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[p for p in model.parameters() if p.requires_grad],
         config=engine_config(knobs),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda done: lr_factor(done, steps, knobs.WARMUP_TYPE, knobs.WARMUP_RATIO, knobs.MIN_LR_RATIO)
+            optimizer, lambda done: lr_factor(done, steps, knobs)
         ),
     )
     return engine
@@ -149,17 +149,25 @@ def warmup_steps(steps: int, warmup_type: str, ratio: float) -> int:
     return min(steps - 1, math.ceil(steps * ratio - 1e-9))  # 100 * 0.07 is a little more than 7
 
 
-def lr_factor(done: int, steps: int, warmup_type: str, warmup_ratio: float, min_ratio: float) -> float:
-    """Share of LR in the step after `done` steps: warm-up to 1, then a cosine that reaches min_ratio in the last.
+def lr_factor(done: int, steps: int, knobs: SimpleNamespace) -> float:
+    """Share of LR in the step after `done` steps: warm-up to 1, then LR_SCHEDULE.
 
-    "log" is DeepSpeed's WarmupCosineLR, one step late: LR is 0 in the first two steps, and the last has a little more.
+    That is a cosine that reaches MIN_LR_RATIO in the last step, or a constant, or "wsd" (warm-up, stable, decay): a
+    constant and then, in the last DECAY_RATIO of the steps, a line down to MIN_LR_RATIO. WARMUP_TYPE "log" is
+    DeepSpeed's WarmupCosineLR, one step late: LR is 0 in the first two steps, and the last has a little more.
     """
-    warmup = warmup_steps(steps, warmup_type, warmup_ratio)
-    if warmup_type == "log":
+    warmup = warmup_steps(steps, knobs.WARMUP_TYPE, knobs.WARMUP_RATIO)
+    if knobs.WARMUP_TYPE == "log":
         done -= 1
         if done < warmup:
             return math.log(done + 1) / math.log(warmup) if done >= 0 else 0.0
     elif done < warmup:
         return (done + 1) / warmup
+    if knobs.LR_SCHEDULE == "wsd":
+        decay = max(1, math.ceil(steps * knobs.DECAY_RATIO - 1e-9))
+        left = max(0.0, min(1.0, (steps - done - 1) / decay))  # 0 in the last step
+        return knobs.MIN_LR_RATIO + (1 - knobs.MIN_LR_RATIO) * left
+    if knobs.LR_SCHEDULE == "constant":
+        return 1.0
     progress = (done + 1 - warmup) / max(1, steps - warmup)
-    return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    return knobs.MIN_LR_RATIO + (1 - knobs.MIN_LR_RATIO) * (1 + math.cos(math.pi * min(1.0, progress))) / 2

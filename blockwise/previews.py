@@ -20,9 +20,12 @@ class Previews:
     def __init__(self, base: Path, config, samples: Samples, knobs: SimpleNamespace):
         """Raises InputError if the prompts cannot be answered: later it would end the training."""
         self.tokenizer = hub.load_tokenizer(base)
-        self.prompts = [ids[:start].tolist() for ids, start in zip(samples.ids[:PROMPTS], samples.prompt_len)]
+        starts = samples.prompt_len[:PROMPTS]
+        if samples.width:  # packed texts have no prompts: the first half of each is continued
+            starts = starts + samples.ids.shape[1] // 2
+        self.prompts = [ids[:start].tolist() for ids, start in zip(samples.ids, starts)]
         block_length = getattr(knobs, "BLOCK_SIZE", Settings.block_length)  # the baseline has no blocks
-        longest = int((samples.length - samples.prompt_len)[:PROMPTS].max())
+        longest = int((samples.length[:PROMPTS] - starts).max())
         gen_length = masking.num_blocks(longest, block_length) * block_length
         self.settings = Settings(gen_length, block_length, steps=gen_length)
         try:

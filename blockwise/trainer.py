@@ -101,19 +101,22 @@ def rows_with_nonfinite_loss(losses: Tensor, sample: Tensor, run: "Run") -> list
 
 Noise = Callable[[masking.Batch, torch.Generator, SimpleNamespace], masking.Noised]
 Loss = Callable[[Tensor, masking.Noised], Tensor]
+# Of a model that learns to see no later block: the tokens of a block, and whether blocks are counted from the start of
+# the "answer" or of the "sample". The entries of the config that other trainers remove, as their models see everything.
+BLOCK_DIFFUSION = {"block_diffusion_size": None, "block_diffusion_from": None}
 
 
 def train(
     knobs: SimpleNamespace, noise: Noise, loss: Loss = masking.weighted_nll,
-    blocks: Callable[[Tensor], Tensor] | None = None, block_diffusion: int | None = None,
+    blocks: Callable[[Tensor], Tensor] | None = None, config: dict[str, object] | None = None,
 ) -> None:  # fmt: skip
     """Fine-tunes adapters or all weights, logs every step, saves checkpoints. Run by the deepspeed launcher.
 
     knobs: the script's constants. noise(batch, generator, knobs): the global batch as the model sees it; all its random
     numbers come from the generator. loss(logits (n, V), part): the share of a part of that in the loss of the global
     batch. blocks: answer lengths (N,) -> number of blocks of each sample (N,), of which a run trains each at most once;
-    None: every sample comes once in each epoch. block_diffusion: tokens of a block, if the model learns to see no later
-    block; checkpoints say so in their config, and are decoded accordingly.
+    None: every sample comes once in each epoch. config: entries for the config.json of the checkpoints, such as that of
+    block diffusion (see BLOCK_DIFFUSION), by which they are decoded.
     Raises InputError before anything is trained or written if the knobs, the samples or the model cannot be used, and
     during the training if a file cannot be written or MAX_BAD_STEPS come in a row. Exits with STOPPED on a signal.
     """
@@ -121,7 +124,7 @@ def train(
         raise InputError(f"start this script with the launcher: deepspeed --num_gpus N {sys.argv[0]}")
     signals.end_at_once()
     launchers, began = signals.launchers(), time.perf_counter()
-    run = start(knobs, noise, loss, blocks, block_diffusion)
+    run = start(knobs, noise, loss, blocks, BLOCK_DIFFUSION | (config or {}))
     done, bad_steps = steps_done(run)
     with resume.with_resume_hint(run.folder), signals.Watch(run.ranks, launchers) as watch:
         step, stopped = loop(run, watch, done, bad_steps)
@@ -153,16 +156,17 @@ class Run:
     model: PeftModel | PreTrainedModel
     engine: deepspeed.DeepSpeedEngine
     previews: Previews | None
+    entries: dict[str, object]  # for the config.json of the checkpoints
 
 
 def start(
-    knobs: SimpleNamespace, noise: Noise, loss: Loss, blocks: Callable | None, block_diffusion: int | None
+    knobs: SimpleNamespace, noise: Noise, loss: Loss, blocks: Callable | None, entries: dict[str, object]
 ) -> Run:  # fmt: skip
     """Checks all that the user gives, then loads model and engine. Raises InputError."""
     ranks, data = Ranks.from_environment(), read_pt(knobs.DATA_PT)  # before the base, which may be a large download
     base = hub.local_folder(knobs.MODEL_NAME)
     config = engines.check_model(base, knobs)
-    if block_diffusion and not models.meta_model(config)._supports_sdpa:
+    if entries["block_diffusion_size"] and not models.meta_model(config)._supports_sdpa:
         what = "other attention of transformers adds a boolean mask to the scores, which then masks nothing"
         raise InputError(f"{base}: block diffusion needs a model type with sdpa attention; {what}.")
     samples = make_samples(data, knobs, config)
@@ -176,10 +180,10 @@ def start(
     folder = ranks.on_first_rank(lambda: open_folder(knobs, ranks, steps, base))
     ranks.on_all_ranks(lambda: hold_folder(folder, ranks))
     model = engines.load_model(base, knobs, ranks)
-    model.config.block_diffusion_size = block_diffusion  # also for previews
+    model.config.update(entries)  # also for previews
     engine = engines.start_engine(model, knobs, steps)
     samples, plan, logs = samples.to(ranks.device), plan.to(ranks.device), Logs(ranks, folder.path)
-    return Run(knobs, ranks, base, samples, plan, noise, loss, steps, folder, logs, model, engine, previews)
+    return Run(knobs, ranks, base, samples, plan, noise, loss, steps, folder, logs, model, engine, previews, entries)
 
 
 def open_folder(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: Path) -> RunFolder:
@@ -335,12 +339,8 @@ def save_checkpoint(run: Run, step: int) -> None:
 
 def config_of(run: Run) -> dict:
     """What the checkpoints' config.json says of the training."""
-    config = run.model.config
-    trained = models.mask_is_trained(config) or not run.knobs.LORA_RANK
-    return {
-        "block_diffusion_size": config.block_diffusion_size,
-        models.MASK_TRAINED: None if trained else False,
-    }
+    trained = models.mask_is_trained(run.model.config) or not run.knobs.LORA_RANK
+    return run.entries | {models.MASK_TRAINED: None if trained else False}
 
 
 def gap_on_first_samples(run: Run, folder: Path) -> str:

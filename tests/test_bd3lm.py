@@ -46,7 +46,7 @@ def batch_of(lengths, max_len):
 
 
 def test_blocks_and_attention_are_those_of_the_picture():
-    block = masking.answer_blocks(torch.tensor([6]), 16, 4)
+    block = masking.block_numbers(torch.tensor([6]), 16, 4)
     assert block.tolist() == [[0] * 6 + [1] * 4 + [2] * 4 + [3] * 2]
     sees = masking.two_stream_attention(block)[0, 0, 10]  # the first masked position of block 2
     assert sees.nonzero()[:, 0].tolist() == [10, 11, 12, 13, *range(16, 16 + 10)]
@@ -57,7 +57,7 @@ def test_attention_is_the_index_formula(start, size):
     """2503.09573: within a stream and block; masked sees clean of earlier blocks; clean sees clean up to its own."""
     length = 14
     block = [0 if i < start else 1 + (i - start) // size for i in range(length)]
-    sees = masking.two_stream_attention(masking.answer_blocks(torch.tensor([start]), length, size))[0, 0]
+    sees = masking.two_stream_attention(masking.block_numbers(torch.tensor([start]), length, size))[0, 0]
     for q, k in itertools.product(range(2 * length), repeat=2):
         (q_clean, q_pos), (k_clean, k_pos) = divmod(q, length), divmod(k, length)
         if q_clean:
@@ -77,7 +77,7 @@ def test_two_streams_are_block_by_block_passes(model, size):
     """Logits of every block as from a pass over the clean sample before it and the masked block, for ragged samples."""
     batch = batch_of([(5, 17), (0, 16), (3, 9)], 18)
     length = masking.fill_blocks(batch.prompt_len, batch.length, 18, size)
-    block = masking.answer_blocks(batch.prompt_len, 18, size)
+    block = masking.block_numbers(batch.prompt_len, 18, size)
     masked, _ = masking.block_diffusion_masks(
         batch.prompt_len, length, block, low=0.3, high=0.9, per_block=True, generator=seeded(1)
     )
@@ -95,7 +95,7 @@ def test_two_streams_are_block_by_block_passes(model, size):
 
 def test_one_block_without_a_prompt_is_a_full_sequence_pass(model):
     batch = batch_of([(0, 16)], 16)
-    block = masking.answer_blocks(batch.prompt_len, 16, 16)
+    block = masking.block_numbers(batch.prompt_len, 16, 16)
     masked = torch.rand(1, 16, generator=seeded(2)) < 0.5
     part = masking.two_streams(batch, masked, masked.float(), MASK, block).rows(slice(0, 1))
     logits = model(input_ids=part.input_ids, logits_to_keep=part.supervised, **part.model_args).logits
@@ -106,7 +106,7 @@ def test_one_block_without_a_prompt_is_a_full_sequence_pass(model):
 def test_later_blocks_have_no_influence(model):
     """The gradient of a block's loss is zero at the clean tokens of its own and of later blocks."""
     batch = batch_of([(4, 16)], 16)
-    block = masking.answer_blocks(batch.prompt_len, 16, 4)
+    block = masking.block_numbers(batch.prompt_len, 16, 4)
     masked = block > 0
     part = masking.two_streams(batch, masked, masked.float(), MASK, block).rows(slice(0, 1))
     embedded = model.get_input_embeddings()(part.input_ids).detach().requires_grad_()
@@ -118,7 +118,7 @@ def test_later_blocks_have_no_influence(model):
 
 def test_each_mask_ratio_comes_from_a_share_of_its_own():
     batch = batch_of([(2, 14), (0, 9), (5, 6), (1, 20)], 20)
-    block = masking.answer_blocks(batch.prompt_len, 20, 4)
+    block = masking.block_numbers(batch.prompt_len, 20, 4)
     _, p = masking.block_diffusion_masks(
         batch.prompt_len, batch.length, block, low=0.2, high=0.7, per_block=True, generator=seeded(0)
     )
@@ -137,7 +137,7 @@ def test_each_mask_ratio_comes_from_a_share_of_its_own():
 
 def test_tokens_are_masked_with_their_ratio_and_only_in_the_answer():
     batch = batch_of([(3, 15)] * 4000, 16)
-    block = masking.answer_blocks(batch.prompt_len, 16, 4)
+    block = masking.block_numbers(batch.prompt_len, 16, 4)
     masked, p = masking.block_diffusion_masks(
         batch.prompt_len, batch.length, block, low=0.1, high=0.9, per_block=True, generator=seeded(0)
     )
@@ -179,35 +179,40 @@ def test_answers_are_filled_up_to_whole_blocks():
     assert not noised.supervised[:, 20:].any() and (noised.model_args["position_ids"][0, 20:] == torch.arange(20)).all()
 
 
-def decode_without_cache(model, prompt, settings, size):
+def decode_without_cache(model, prompt, settings, size, first):
     """Block by block with whole passes under a block-causal mask: a literal version of exact block decoding."""
-    ids = torch.tensor([prompt])
-    for _ in range(settings.gen_length // size):
-        ids = torch.cat([ids, torch.full((1, size), MASK)], dim=1)
-        block = masking.answer_blocks(torch.tensor([len(prompt)]), ids.shape[1], size)
-        for _ in range(size):
-            logits = model(input_ids=ids, attention_mask=causal_by_blocks(block)).logits[0, -size:]
+    ids, number = torch.tensor([prompt], dtype=torch.long), len(prompt)
+    while ids.shape[1] < len(prompt) + settings.gen_length:
+        number = size - (ids.shape[1] - first) % size
+        ids = torch.cat([ids, torch.full((1, number), MASK)], dim=1)
+        block = masking.block_numbers(torch.tensor([first]), ids.shape[1], size)
+        for _ in range(number):
+            logits = model(input_ids=ids, attention_mask=causal_by_blocks(block)).logits[0, -number:]
             logits[:, MASK] = -torch.inf
             best, token = logits.softmax(dim=-1).max(dim=-1)
-            place = best.masked_fill(ids[0, -size:] != MASK, -1).argmax()
-            ids[0, len(ids[0]) - size + place] = token[place]
-    return ids[0, len(prompt) :]
+            place = best.masked_fill(ids[0, -number:] != MASK, -1).argmax()
+            ids[0, len(ids[0]) - number + place] = token[place]
+    return ids[0, len(prompt) : len(prompt) + settings.gen_length]
 
 
-def test_decoding_with_finished_blocks_kept_is_exact(model):
-    model.config.block_diffusion_size = 4
+@pytest.mark.parametrize("blocks_from", ["answer", "sample"])
+def test_decoding_with_finished_blocks_kept_is_exact(model, blocks_from):
+    model.config.block_diffusion_size, model.config.block_diffusion_from = 4, blocks_from
     prompts = [[10, 11, 12, 13, 14, 15, 16], [30, 31, 32], [50]]
+    whole_prompt = blocks_from == "answer"
     settings = Settings(gen_length=16, block_length=4, steps=16)
     try:
         together, rows = decode.decode(model, prompts, settings)
         for row, prompt in zip(together, prompts):
-            assert torch.equal(row, decode_without_cache(model, prompt, settings, 4))
+            assert torch.equal(row, decode_without_cache(model, prompt, settings, 4, len(prompt) * whole_prompt))
             assert torch.equal(row, decode.decode(model, [prompt], settings)[0][0])
-        assert rows == 3 * 16
+        assert rows == 3 * 16 if whole_prompt else 3 * 16 < rows <= 3 * 20  # the answers touch five blocks
         ends = [int(together[1, 5]), int(together[2, 9])]  # rows end in the second and third block, others go on
         stopped, _ = decode.decode(model, prompts, Settings(16, 4, 16, stop_at_end=True), ends)
-        for row, whole in zip(stopped, together):
-            over = next((4 * (i // 4 + 1) for i, token in enumerate(whole.tolist()) if token in ends), 16)
+        for row, whole, prompt in zip(stopped, together, prompts):
+            shift = 0 if whole_prompt else len(prompt) % 4
+            places = (i for i, token in enumerate(whole.tolist()) if token in ends)
+            over = next((4 * ((i + shift) // 4 + 1) - shift for i in places), 16)
             assert torch.equal(row[:over], whole[:over]) and (row[over:] == END).all()
         guided = Settings(16, 4, 16, cfg_scale=0.5)
         alone = [decode.decode(model, [prompt], guided)[0][0] for prompt in prompts]
@@ -216,7 +221,87 @@ def test_decoding_with_finished_blocks_kept_is_exact(model):
             with pytest.raises(InputError, match="this checkpoint"):
                 decode.decode(model, prompts, wrong)
     finally:
-        del model.config.block_diffusion_size
+        del model.config.block_diffusion_size, model.config.block_diffusion_from
+
+
+@pytest.mark.parametrize("blocks_from", ["answer", "sample"])
+def test_an_empty_prompt_beside_others_sees_none_of_them(model, blocks_from):
+    """Its logits are those of a pass over its first block alone (of which not all are masks: there would be ties)."""
+    model.config.block_diffusion_size, model.config.block_diffusion_from = 4, blocks_from
+    ids = torch.tensor([20, 21, MASK, 23])
+    try:
+        for prompts in ([[]], [[], [10, 11, 12, 13, 14, 15, 16]]):
+            canvas = decode.make_canvas(model.config, prompts, 16, "cpu")
+            block = slice(canvas.start, canvas.start + 4)
+            canvas.ids[0, block] = ids
+            logits = decode.FinishedBlocks(model, canvas, Settings(16, 4, 16)).logits(block)[0]
+            wanted = model(ids[None]).logits[0]
+            wanted[:, MASK] = -torch.inf
+            torch.testing.assert_close(logits, wanted, rtol=2e-4, atol=2e-5)
+    finally:
+        del model.config.block_diffusion_size, model.config.block_diffusion_from
+
+
+def test_an_end_token_in_the_prompt_ends_no_answer(model):
+    """With blocks from the start of the sample, the first one may have the end of the user's turn in it."""
+    model.config.block_diffusion_size, model.config.block_diffusion_from = 4, "sample"
+    try:
+        settings = Settings(8, 4, 8)
+        whole, _ = decode.decode(model, [[10, END, 12]], settings)
+        stopped, _ = decode.decode(model, [[10, END, 12]], Settings(8, 4, 8, stop_at_end=True), [END])
+        over = whole[0].tolist().index(END) if END in whole[0] else 8
+        assert torch.equal(stopped[0, : over + 1], whole[0, : over + 1])
+    finally:
+        del model.config.block_diffusion_size, model.config.block_diffusion_from
+
+
+def test_the_gradient_is_the_sum_of_those_of_the_blocks(base):
+    """Two streams in one pass against a pass per block over the clean tokens before it and the masked block."""
+    model = models.load_model(base, torch.float32).eval()
+    batch = batch_of([(3, 14), (0, 12)], 16)
+    block = masking.block_numbers(batch.prompt_len, 16, 4)
+    length = masking.fill_blocks(batch.prompt_len, batch.length, 16, 4)
+    masked, p = masking.block_diffusion_masks(
+        batch.prompt_len, length, block, low=0.3, high=0.9, per_block=True, generator=seeded(1)
+    )
+    weights = masking.bound_weights(masked, p, 1, length - batch.prompt_len)
+    part = masking.two_streams(batch, masked, weights, MASK, block).rows(slice(0, 2))
+    logits = model(input_ids=part.input_ids, logits_to_keep=part.supervised, **part.model_args).logits
+    masking.weighted_nll(logits, part).backward()
+    found = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    for i in range(2):
+        for number in range(1, int(block[i].max()) + 1):
+            inside = block[i] == number
+            end = int(inside.nonzero().max()) + 1
+            ids = torch.where(inside & masked[i], MASK, batch.input_ids[i])[None, :end]
+            logits = model(input_ids=ids, attention_mask=causal_by_blocks(block[i : i + 1, :end])).logits[0]
+            nll = torch.nn.functional.cross_entropy(logits, batch.input_ids[i, :end], reduction="none")
+            some = (inside & masked[i])[:end]
+            (nll[some] * weights[i, :end][some]).sum().backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(found[name], weight.grad, rtol=2e-4, atol=2e-6)
+
+
+def test_blocks_may_be_counted_from_the_start_of_the_sample():
+    """The paper's rule: the block where the prompt ends holds tokens of it, visible; the shares are of real blocks."""
+    knobs = {name: value for name, value in vars(train_bd3lm).items() if name.isupper()}
+    knobs = SimpleNamespace(
+        **knobs | {"MAX_LEN": 20, "BLOCK_SIZE": 4, "MASK_ID": MASK, "MASK_LOW": 0.999, "MASK_HIGH": 1.0}
+        | {"BLOCKS_FROM": "sample"}
+    )  # fmt: skip
+    noised = train_bd3lm.noise(batch_of([(6, 11), (2, 20)], 20), seeded(0), knobs)
+    assert noised.extra["block"].tolist() == [[1 + i // 4 for i in range(20)]] * 2
+    assert noised.supervised[:, :20].nonzero().tolist() == [
+        *([0, i] for i in range(6, 12)), *([1, i] for i in range(2, 20))
+    ]  # fmt: skip
+    batch = batch_of([(6, 11), (9, 20)], 20)
+    _, p = masking.block_diffusion_masks(
+        batch.prompt_len, batch.length, masking.block_numbers(torch.zeros(2).long(), 20, 4), low=0.0, high=1.0,
+        per_block=True, generator=seeded(0),
+    )  # fmt: skip
+    ratios = [p[0, 6], p[0, 8], p[1, 9], p[1, 12], p[1, 16]]
+    assert sorted(int(5 * ratio) for ratio in ratios) == [0, 1, 2, 3, 4]
 
 
 def test_the_mask_is_never_written(base):

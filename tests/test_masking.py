@@ -335,6 +335,7 @@ def test_weights_by_hand():
         [third / 5] * 5,
     ]
     torch.testing.assert_close(masking.sample_mean_weights(SUPERVISED), torch.tensor(expected))
+    torch.testing.assert_close(masking.token_mean_weights(SUPERVISED), SUPERVISED / 9)  # nine tokens in all
 
 
 def test_weights_of_random_samples():
@@ -353,6 +354,7 @@ def test_weights_of_nothing_are_zero(shape):
     weights = masking.sample_mean_weights(torch.zeros(shape, dtype=torch.bool))
     assert weights.shape == shape and weights.is_floating_point()
     assert not weights.any() and not weights.isnan().any()
+    assert torch.equal(masking.token_mean_weights(torch.zeros(shape, dtype=torch.bool)), torch.zeros(shape))
 
 
 def loss_of(logits, targets, supervised):
@@ -417,3 +419,18 @@ def test_loss_of_bf16_logits_is_computed_in_fp32():
     expected = -logits.detach().double().log_softmax(dim=-1).gather(2, targets[..., None]).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert logits.grad.dtype == torch.bfloat16 and logits.grad.isfinite().all()
+
+
+def test_a_share_of_answers_gets_a_random_length():
+    """Uniform from 1 to the answer's own length; a cut sample does not see what is behind its end, others see all."""
+    number, start, end = 40_000, 3, 11
+    ones = torch.ones(number, dtype=torch.long)
+    batch = masking.Batch(torch.zeros(number, 12, dtype=torch.long), start * ones, end * ones, ones)
+    length, seen = masking.random_lengths(batch, 0.4, seeded(0))
+    cut = ~seen.all(dim=1)
+    assert torch.equal(seen[cut], torch.arange(12) < length[cut, None]) and (length[~cut] == end).all()
+    assert cut.float().mean() == pytest.approx(0.4, abs=5 * math.sqrt(0.4 * 0.6 / number))
+    found = torch.bincount(length[cut] - start, minlength=9)
+    assert found[0] == 0 and len(found) == 9
+    wanted = int(cut.sum()) / 8
+    assert ((found[1:] - wanted).abs() < 5 * math.sqrt(wanted)).all()

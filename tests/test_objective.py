@@ -120,5 +120,9 @@ def test_weights_by_hand():
     )
     wanted = torch.tensor([[0, 1 / 3, 1 / 3, 0], [0, 0, 0, 5 / 3], [0, 0, 0, 0]])
     assert torch.allclose(weights, wanted)
+    ratios, blocks, answer_len = torch.tensor([[0.5], [0.1], [0.2]]), torch.tensor([3, 1, 2]), torch.tensor([6, 2, 4])
+    weights = masking.bound_weights(supervised, ratios, blocks, answer_len, per_token=True)
+    wanted = torch.tensor([[0, 0.5, 0.5, 0], [0, 0, 0, 10 / 12], [0, 0, 0, 0]])  # of 12 tokens in all
+    assert torch.allclose(weights, wanted)
     zero = masking.bound_weights(torch.zeros(1, 4, dtype=torch.bool), torch.zeros(1, 1), 1, torch.tensor([4]))
     assert torch.equal(zero, torch.zeros(1, 4)), "p can be drawn as exactly 0"

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,14 +152,24 @@ def test_derived_seeds():
 # ---------------------------------------------------------------- learning rate
 
 
-def factors(steps, warmup_ratio, min_ratio):
-    return [engine.lr_factor(done, steps, "linear", warmup_ratio, min_ratio) for done in range(steps)]
+def planned(warmup_ratio, min_ratio, warmup="linear", schedule="cosine", decay=0.1):
+    return SimpleNamespace(
+        WARMUP_TYPE=warmup, WARMUP_RATIO=warmup_ratio, MIN_LR_RATIO=min_ratio, LR_SCHEDULE=schedule, DECAY_RATIO=decay
+    )
+
+
+def factors(steps, *how, **more):
+    return [engine.lr_factor(done, steps, planned(*how, **more)) for done in range(steps)]
 
 
 def test_lr_by_hand():
     """10 steps, 2 of warm-up, then 8 steps down the cosine from 1 to 0.01."""
     by_hand = [0.5, 1.0, 0.9623203, 0.8550179, 0.6944283, 0.505, 0.3155717, 0.1549821, 0.0476797, 0.01]
     assert factors(10, 0.2, 0.01) == pytest.approx(by_hand, abs=1e-7)
+    assert factors(10, 0.2, 0.01, schedule="constant") == [0.5] + 9 * [1.0]
+    wsd = [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.7525, 0.505, 0.2575, 0.01]  # 4 of 10 steps down to 0.01
+    assert factors(10, 0.2, 0.01, schedule="wsd", decay=0.4) == pytest.approx(wsd)
+    assert factors(10, 0.2, 0.01, schedule="wsd", decay=0.0) == pytest.approx([0.5] + 8 * [1.0] + [0.01])
 
 
 def test_lr_without_warmup():
@@ -211,7 +222,7 @@ def test_lr_of_a_real_optimizer():
     """Through torch's LambdaLR, as in training: step 1 has the first factor and the last step exactly MIN_LR_RATIO."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-5)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: engine.lr_factor(done, 10, "linear", 0.2, 0.01)
+        optimizer, lambda done: engine.lr_factor(done, 10, planned(0.2, 0.01))
     )
     used = in_force(optimizer, scheduler, 10)
     assert used[0] == pytest.approx(0.5e-5) and used[1] == 1e-5 and used[-1] == 1e-5 * 0.01
@@ -225,7 +236,7 @@ def test_a_log_warmup_is_that_of_deepspeed(steps, warmup_ratio, min_ratio):
     """DeepSpeed's own scheduler, with a real optimizer: LR is 0 in its first two steps."""
     ours, theirs = (torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-5) for _ in range(2))
     lambda_lr = torch.optim.lr_scheduler.LambdaLR(
-        ours, lambda done: engine.lr_factor(done, steps, "log", warmup_ratio, min_ratio)
+        ours, lambda done: engine.lr_factor(done, steps, planned(warmup_ratio, min_ratio, "log"))
     )
     number = max(1, int(steps * warmup_ratio))  # it refuses 0
     cosine = WarmupCosineLR(theirs, steps, warmup_num_steps=number, cos_min_ratio=min_ratio)

@@ -9,6 +9,7 @@ Prompts are padded on the left, so that a block stands in the same columns in ev
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -90,36 +91,34 @@ def stream(
     """decode, step by step: yields (ids (B, G), with masks where nothing is written yet, and rows so far)."""
     mask_id, steps = model.config.mask_token_id, settings.steps * settings.block_length // settings.gen_length
     check_blocks(model.config, settings)
-    canvas, seen = make_canvas(model.config, prompts, settings.gen_length, model.device)  # (B, L), (B, L)
-    answer = canvas[:, -settings.gen_length :]  # (B, G), a view
-    ends = torch.tensor(end_ids, dtype=torch.long, device=canvas.device)
-    open_rows, rows = torch.arange(len(prompts), device=canvas.device), 0
-    finished = FinishedBlocks(model, canvas, seen, settings) if block_diffusion_size(model.config) else None
-    for start in range(canvas.shape[1] - settings.gen_length, canvas.shape[1], settings.block_length):
+    canvas = make_canvas(model.config, prompts, settings.gen_length, model.device)
+    ids, rows = canvas.ids, 0  # (B, L)
+    ends, open_rows = torch.tensor(end_ids, dtype=torch.long, device=ids.device), torch.arange(len(ids)).to(ids.device)
+    finished = FinishedBlocks(model, canvas, settings) if block_diffusion_size(model.config) else None
+    for start in range(canvas.start, ids.shape[1], settings.block_length):
         block, forward = slice(start, start + settings.block_length), None
         for step in range(settings.block_length if settings.threshold else steps):
-            todo = open_rows[(canvas[open_rows, block] == mask_id).any(dim=1)]
+            todo = open_rows[(ids[open_rows, block] == mask_id).any(dim=1)]
             if not len(todo):
                 break
             if finished:
-                todo, logits = open_rows, finished.logits(canvas, block)
+                todo, logits = open_rows, finished.logits(block)
             elif forward is None or settings.cache == "none":
-                forward = Forward(model, canvas, seen, todo, block, settings)
+                forward = Forward(model, canvas, todo, block, settings)
                 logits = forward.first()
             else:
-                todo, logits = forward.rows, forward.again(canvas)
+                todo, logits = forward.rows, forward.again(ids)
             rows += len(todo) * (2 if settings.cfg_scale else 1)
             number = settings.block_length // steps + (step < settings.block_length % steps)
-            written = commit(logits, canvas[todo, block], mask_id, number, settings, ends, generator)
-            canvas[todo, block] = written
-            yield answer, rows
+            ids[todo, block] = commit(logits, ids[todo, block], mask_id, number, settings, ends, generator)
+            yield canvas.answers(), rows
         if settings.stop_at_end:
-            over = torch.isin(canvas[open_rows, block], ends).any(dim=1)
-            canvas[open_rows[over], block.stop :] = eos_ids(model.config)[0]
+            over = (torch.isin(ids[open_rows, block], ends) & canvas.answer[open_rows, block]).any(dim=1)
+            ids[open_rows[over], block.stop :] = eos_ids(model.config)[0]
             open_rows = open_rows[~over]
-        if finished and block.stop < canvas.shape[1] and len(open_rows):
-            finished.append(canvas, open_rows, block)
-    yield answer, rows
+        if finished and block.stop < ids.shape[1] and len(open_rows):
+            finished.append(open_rows, block)
+    yield canvas.answers(), rows
 
 
 @torch.no_grad()
@@ -138,52 +137,82 @@ def infill(
     config, longest = model.config, max(map(len, texts))
     if longest > config.max_position_embeddings:
         raise InputError(f"a text has {longest} tokens; the model has {config.max_position_embeddings} positions.")
-    canvas = torch.full((len(texts), longest), config.pad_token_id)  # (B, L), padded on the right
-    seen = torch.zeros_like(canvas, dtype=torch.bool)
+    ids = torch.full((len(texts), longest), config.pad_token_id)  # (B, L), padded on the right
+    seen = torch.zeros_like(ids, dtype=torch.bool)
     for row, text in enumerate(texts):
-        canvas[row, : len(text)], seen[row, : len(text)] = torch.tensor(text), True
-    canvas, seen, none = canvas.to(model.device), seen.to(model.device), torch.empty(0, device=model.device)
+        ids[row, : len(text)], seen[row, : len(text)] = torch.tensor(text), True
+    canvas = Canvas(ids.to(model.device), seen.to(model.device), (ids == config.mask_token_id).to(model.device), 0)
+    ids, none = canvas.ids, torch.empty(0, device=model.device)
     per_step = -(-settings.gen_length // settings.steps)
     for start in range(0, longest, settings.block_length):
         window = slice(start, min(start + settings.block_length, longest))
         number = min(per_step, window.stop - window.start)
-        while len(todo := (canvas[:, window] == config.mask_token_id).any(dim=1).nonzero()[:, 0]):
-            logits = Forward(model, canvas, seen, todo, window, settings).first()
-            ids = canvas[todo, window]
-            canvas[todo, window] = commit(logits, ids, config.mask_token_id, number, settings, none, generator)
-    return [row[: len(text)].tolist() for row, text in zip(canvas, texts)]
+        while len(todo := (ids[:, window] == config.mask_token_id).any(dim=1).nonzero()[:, 0]):
+            logits = Forward(model, canvas, todo, window, settings).first()
+            old = ids[todo, window]
+            ids[todo, window] = commit(logits, old, config.mask_token_id, number, settings, none, generator)
+    return [row[: len(text)].tolist() for row, text in zip(ids, texts)]
 
 
-def make_canvas(config, prompts: list[list[int]], gen_length: int, device) -> tuple[Tensor, Tensor]:
-    """Prompts on the right edge of P columns, then gen_length masks. Returns ids, and where they are real, (B, L) both.
+@dataclass
+class Canvas:
+    """What is decoded: prompts, each with its answer behind it, which is masks at first."""
 
+    ids: Tensor  # (B, L), padded on the left
+    seen: Tensor  # (B, L) bool: prompt or answer, not padding
+    answer: Tensor  # (B, L) bool: the G columns of each row's answer
+    start: int  # the column where the first block starts
+
+    def answers(self) -> Tensor:
+        """The answers as they are now, (B, G)."""
+        return self.ids[self.answer].view(len(self.ids), -1)
+
+    def without_prompts(self, rows: Tensor, columns: slice, mask_id: int) -> Tensor:
+        """Some rows and columns of the ids, with the prompts masked: what guidance compares with."""
+        prompt = self.seen & (self.answer.cumsum(dim=1) == 0)  # (B, L)
+        return self.ids[rows, columns].masked_fill(prompt[rows, columns], mask_id)
+
+
+def make_canvas(config, prompts: list[list[int]], gen_length: int, device) -> Canvas:
+    """Prompts on the right edge of P columns, then gen_length masks.
+
+    A block-diffusion model may count its blocks from the start of the prompt: the columns then are such that a block
+    starts in the same column of every row, the first one perhaps with the end of the prompt in it.
     Raises InputError that names the first prompt that does not fit, or what the model's config lacks.
     """
     special = {"mask_token_id": getattr(config, "mask_token_id", None), "pad_token_id": config.pad_token_id}
     for key, token in [*special.items(), *(("eos_token_id", token) for token in eos_ids(config))]:
         if token is None or not 0 <= token < config.vocab_size:
             raise InputError(f"the model's config.json has {key} {token}; decoding needs one of its tokens there.")
-    for number, prompt in enumerate(prompts, start=1):
-        if not prompt:
-            raise InputError(f"prompt {number} is empty.")
-        if len(prompt) + gen_length > config.max_position_embeddings:
+    size = block_diffusion_size(config) if blocks_from_sample(config) else None
+    over = [len(prompt) % size if size else 0 for prompt in prompts]  # tokens of the prompt in the first block
+    start = max(len(prompt) - some for prompt, some in zip(prompts, over))
+    width = max(over) + gen_length
+    width += -width % size if size else 0
+    for number, (prompt, some) in enumerate(zip(prompts, over), start=1):
+        if len(prompt) - some + width > config.max_position_embeddings:
             raise InputError(
                 f"prompt {number} has {len(prompt)} tokens; with gen_length {gen_length} that is more than the "
                 f"model's {config.max_position_embeddings} positions."
             )
-    longest = max(map(len, prompts))
-    canvas = torch.full((len(prompts), longest + gen_length), config.mask_token_id)
-    seen = torch.ones_like(canvas, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        canvas[row, longest - len(prompt) : longest] = torch.tensor(prompt)
-        canvas[row, : longest - len(prompt)] = config.pad_token_id
-        seen[row, : longest - len(prompt)] = False
-    return canvas.to(device), seen.to(device)
+    ids = torch.full((len(prompts), start + width), config.mask_token_id)
+    seen, answer = torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    for row, (prompt, some) in enumerate(zip(prompts, over)):
+        padding, end = start + some - len(prompt), start + some
+        ids[row, :padding], seen[row, :padding] = config.pad_token_id, False
+        ids[row, padding:end] = torch.tensor(prompt, dtype=torch.long)
+        answer[row, end : end + gen_length] = True
+    return Canvas(ids.to(device), seen.to(device), answer.to(device), start)
 
 
 def block_diffusion_size(config) -> int | None:
     """Tokens of a block, for a model that was trained to see no later block (train_bd3lm.py)."""
     return getattr(config, "block_diffusion_size", None)
+
+
+def blocks_from_sample(config) -> bool:
+    """Whether its blocks are counted from the start of the prompt, not from that of the answer."""
+    return getattr(config, "block_diffusion_from", None) == "sample"
 
 
 def check_blocks(config, settings: Settings) -> None:
@@ -201,27 +230,25 @@ class FinishedBlocks:
     """Decoding of a block-diffusion model: keys and values of prompt and finished blocks, which never change again.
 
     A step runs the model over one block only. Exact, as no position sees a later block. rows: those of the canvas that
-    are kept, R of them; with guidance, the second half has its prompt masked.
+    are kept, R of them; with guidance, they come twice, and the second half has its prompt masked.
     """
 
-    def __init__(self, model, canvas, seen, settings):
-        self.model, self.settings, self.cache = model, settings, DynamicCache()
-        self.prompt = slice(0, canvas.shape[1] - settings.gen_length)
-        self.rows = torch.arange(len(canvas), device=canvas.device)
-        self.seen = seen.repeat(2, 1) if settings.cfg_scale else seen  # (R, L)
+    def __init__(self, model, canvas, settings):
+        self.model, self.canvas, self.settings, self.cache = model, canvas, settings, DynamicCache()
+        self.rows = torch.arange(len(canvas.ids), device=canvas.ids.device)
+        self.seen = canvas.seen.repeat(2, 1) if settings.cfg_scale else canvas.seen  # (R, L)
         self.positions = (self.seen.cumsum(dim=1) - 1).clamp(min=0)  # (R, L): padding does not count
-        ids = self.ids(canvas, self.prompt)
-        if settings.cfg_scale:
-            half = len(ids) // 2
-            ids[half:] = ids[half:].masked_fill(seen[:, self.prompt], model.config.mask_token_id)
-        self.run(ids, self.prompt, head=1)
+        by_blocks = blocks_from_sample(model.config)
+        size = settings.block_length if by_blocks else max(1, canvas.start)  # else the prompt is one block
+        for start in range(0, canvas.start, size):
+            self.run(slice(start, start + size), head=1)
 
-    def ids(self, canvas, columns):
-        return canvas[self.rows, columns].repeat(2 if self.settings.cfg_scale else 1, 1)
-
-    def run(self, ids, columns, head):
+    def run(self, columns, head):
         """The model on columns of the canvas, behind what is in the cache, which grows. Logits of the last `head`."""
-        seen = self.seen[:, : columns.stop]
+        ids, seen = self.canvas.ids[self.rows, columns], self.seen[:, : columns.stop]
+        if self.settings.cfg_scale:
+            mask_id = self.model.config.mask_token_id
+            ids = torch.cat([ids, self.canvas.without_prompts(self.rows, columns, mask_id)])
         return self.model(
             input_ids=ids,
             attention_mask=None if seen.all() else seen,
@@ -231,21 +258,21 @@ class FinishedBlocks:
             logits_to_keep=head,
         ).logits.float()
 
-    def logits(self, canvas, block):
+    def logits(self, block):
         """Logits (R, K, V) of the block in progress; the cache stays as it is."""
-        logits = self.run(self.ids(canvas, block), block, head=block.stop - block.start)
+        logits = self.run(block, head=block.stop - block.start)
         self.cache.crop(block.start - block.stop)
         logits = guided(logits, self.settings.cfg_scale)
         logits[..., self.model.config.mask_token_id] = -torch.inf  # no probability for the mask (2503.09573: SUBS)
         return logits
 
-    def append(self, canvas, rows, block):
+    def append(self, rows, block):
         """Adds a finished block, and drops the rows of the canvas that are not among `rows`."""
         kept = torch.isin(self.rows, rows)
         every = kept.repeat(2) if self.settings.cfg_scale else kept
         self.rows, self.seen, self.positions = self.rows[kept], self.seen[every], self.positions[every]
         self.cache.batch_select_indices(every.nonzero()[:, 0])
-        self.run(self.ids(canvas, block), block, head=1)
+        self.run(block, head=1)
 
 
 def guided(logits: Tensor, scale: float) -> Tensor:
@@ -262,16 +289,12 @@ class Forward:
     With guidance, every row comes twice: the second half has its prompt masked.
     """
 
-    def __init__(self, model, canvas, seen, rows, block, settings):
+    def __init__(self, model, canvas, rows, block, settings):
         self.model, self.rows, self.block, self.settings = model, rows, block, settings
-        self.ids, self.seen = canvas[rows], seen[rows]  # (R, L), (R, L)
+        self.ids, self.seen = canvas.ids[rows], canvas.seen[rows]  # (R, L), (R, L)
         self.positions = (self.seen.cumsum(dim=1) - 1).clamp(min=0)  # (R, L): padding does not count
         if settings.cfg_scale:
-            prompt_end = canvas.shape[1] - settings.gen_length
-            masked = self.ids.clone()
-            masked[:, :prompt_end] = masked[:, :prompt_end].masked_fill(
-                self.seen[:, :prompt_end], model.config.mask_token_id
-            )
+            masked = canvas.without_prompts(rows, slice(None), model.config.mask_token_id)
             self.ids, self.seen = torch.cat([self.ids, masked]), self.seen.repeat(2, 1)
             self.positions = self.positions.repeat(2, 1)
 
@@ -289,9 +312,9 @@ class Forward:
             self.cache = cache
         return logits
 
-    def again(self, canvas):
-        """Logits (R, K, V) of the block from a pass over the columns whose keys and values are not kept."""
-        ids = canvas[self.rows][:, self.new].repeat(2 if self.settings.cfg_scale else 1, 1)
+    def again(self, ids):
+        """Logits (R, K, V) of the block from a pass over the columns whose keys and values are not kept. ids: (B, L)"""
+        ids = ids[self.rows][:, self.new].repeat(2 if self.settings.cfg_scale else 1, 1)
         wanted = torch.arange(self.block.stop - self.block.start, device=ids.device)
         logits = self.run(ids, self.new, wanted, self.cache, self.kept)
         self.cache.crop(-len(self.new))

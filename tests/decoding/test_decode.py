@@ -105,13 +105,13 @@ def test_a_cache_is_exact_in_the_first_step_of_each_block(model, prompts, cache,
 def test_cached_logits_are_those_of_stale_keys_and_values(model, prompts, cache):
     """Nothing has changed since the first pass, so nothing is stale: the second pass must give the same logits."""
     settings = Settings(16, 4, 16, cache=cache)
-    canvas, seen = decode.make_canvas(model.config, prompts, 16, "cpu")
-    forward = decode.Forward(model, canvas, seen, torch.arange(16), slice(20, 24), settings)
+    canvas = decode.make_canvas(model.config, prompts, 16, "cpu")
+    forward = decode.Forward(model, canvas, torch.arange(16), slice(20, 24), settings)
     first = forward.first()
     for _ in range(2):
-        torch.testing.assert_close(forward.again(canvas), first, rtol=1e-4, atol=1e-4)
-    canvas[:, 20] = 50  # and the new token is seen
-    assert (forward.again(canvas) - first).abs().max() > 0.01
+        torch.testing.assert_close(forward.again(canvas.ids), first, rtol=1e-4, atol=1e-4)
+    canvas.ids[:, 20] = 50  # and the new token is seen
+    assert (forward.again(canvas.ids) - first).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
@@ -197,9 +197,20 @@ def test_settings_that_do_not_fit_are_refused(options, said):
         Settings(**options)
 
 
+def test_an_empty_prompt_lets_the_model_begin(model):
+    """Alone, and beside others; not all are masks in this test, as there would be ties."""
+    for prompts in ([[]], [[], [10, 11, 12]]):
+        canvas = decode.make_canvas(model.config, prompts, 8, "cpu")
+        canvas.ids[0, canvas.start : canvas.start + 3] = torch.tensor([20, 21, 22])
+        block = slice(canvas.start, canvas.start + 4)
+        with torch.no_grad():
+            logits = decode.Forward(model, canvas, torch.tensor([0]), block, Settings(8, 4, 8)).first()[0]
+            wanted = model(torch.tensor([[20, 21, 22, *[MASK] * 5]])).logits[0, :4]
+        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+    assert not (decode.decode(model, [[], [10]], Settings(8, 4, 8))[0] == MASK).any()
+
+
 def test_prompts_that_do_not_fit_are_refused(model):
-    with pytest.raises(InputError, match="prompt 2 is empty"):
-        decode.decode(model, [[5], []], Settings(16, 4, 4))
     with pytest.raises(InputError, match="prompt 3 has 1009 tokens; with gen_length 16 that is more than the model's"):
         decode.decode(model, [[5], [5] * 1008, [5] * 1009], Settings(16, 4, 4))
 
