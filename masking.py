@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
 @dataclass
@@ -119,11 +120,6 @@ def sample_mean_weights(supervised: Tensor) -> Tensor:
     return supervised / (per_sample * samples).clamp(min=1)
 
 
-def token_mean_weights(supervised: Tensor) -> Tensor:
-    """A sum with these weights is the mean over all supervised tokens. (B, L) bool -> (B, L) float."""
-    return supervised / supervised.sum().clamp(min=1)
-
-
 def bound_weights(
     supervised: Tensor, p: Tensor, blocks: Tensor | int, answer_len: Tensor, per_token: bool = False
 ) -> Tensor:
@@ -137,27 +133,6 @@ def bound_weights(
     tokens = answer_len.sum() if per_token else answer_len * len(supervised)  # () or (B,)
     per_sample = (blocks / tokens).expand(len(supervised))  # (B,)
     return torch.where(supervised, per_sample[:, None] / p, 0.0)
-
-
-def loss_weights(supervised: Tensor, p: Tensor, answer_len: Tensor, *, bound: bool, per_token: bool) -> Tensor:
-    """The weights of a training whose every sample is one block: those of the knobs BOUND_WEIGHTS and LOSS_MEAN."""
-    if bound:
-        return bound_weights(supervised, p, 1, answer_len, per_token)
-    return token_mean_weights(supervised) if per_token else sample_mean_weights(supervised)
-
-
-def random_lengths(batch: Batch, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Cuts a share of the answers to a length that is uniform from 1 to their own, as LLaDA's pre-training does.
-
-    So the model learns texts that end before the last position (2502.09992, appendix B.1). Returns where the answers
-    end, (G,), and which positions the model sees, (G, L) bool: of a cut sample, none behind its end.
-    """
-    size = {"size": batch.length.shape, "generator": generator, "device": batch.length.device}
-    cut, answer_len = torch.rand(**size) < share, batch.length - batch.prompt_len  # (G,)
-    shorter = batch.prompt_len + 1 + (torch.rand(**size) * answer_len).long()  # (G,)
-    length = torch.where(cut, torch.minimum(shorter, batch.length), batch.length)
-    pos = torch.arange(batch.input_ids.shape[1], device=length.device)  # (L,)
-    return length, (pos < length[:, None]) | ~cut[:, None]
 
 
 def weighted_nll(logits: Tensor, part: Noised) -> Tensor:
@@ -190,8 +165,27 @@ class TwoStreams(Noised):
 
     def rows(self, some: slice) -> "TwoStreams":
         part = super().rows(some)
-        part.model_args["attention_mask"] = two_stream_attention(part.extra["block"])
+        part.model_args["attention_mask"] = self.attention(part.extra["block"])
         return part
+
+    @staticmethod
+    def attention(block: Tensor) -> Tensor:
+        return two_stream_attention(block)
+
+
+class FlexTwoStreams(TwoStreams):
+    """The same for flex attention, which computes no pairs of tiles in which nobody sees anybody."""
+
+    @staticmethod
+    def attention(block: Tensor) -> BlockMask:
+        length = block.shape[1]
+
+        def sees(row, head, query, key):  # as two_stream_attention, for one pair
+            of_query, of_key = block[row, query % length], block[row, key % length]
+            masked = torch.where(key < length, of_query == of_key, of_query > of_key)
+            return torch.where(query < length, masked, (key >= length) & (of_query >= of_key))
+
+        return create_block_mask(sees, len(block), None, 2 * length, 2 * length, device=block.device)
 
 
 def block_numbers(first: Tensor, max_len: int, block_size: int) -> Tensor:
@@ -232,11 +226,16 @@ def block_diffusion_masks(
     return answer & (torch.rand(block.shape, **uniform) < p), p
 
 
-def two_streams(batch: Batch, masked: Tensor, weights: Tensor, mask_id: int, block: Tensor) -> TwoStreams:
-    """The masked and the clean samples in one row, the same positions twice. masked, weights, block: (G, L)."""
+def two_streams(
+    batch: Batch, masked: Tensor, weights: Tensor, mask_id: int, block: Tensor, flex: bool = False
+) -> TwoStreams:
+    """The masked and the clean samples in one row, the same positions twice. masked, weights, block: (G, L).
+
+    flex: for a model with flex attention.
+    """
     ids, nothing = batch.input_ids, torch.zeros_like(masked)
     pos = torch.arange(ids.shape[1], device=ids.device)
-    return TwoStreams(
+    return (FlexTwoStreams if flex else TwoStreams)(
         input_ids=torch.cat([ids.masked_fill(masked, mask_id), ids], dim=1),  # (G, 2 L)
         supervised=torch.cat([masked, nothing], dim=1),
         targets=torch.cat([ids, ids], dim=1),
@@ -257,3 +256,32 @@ def two_stream_attention(block: Tensor) -> Tensor:
     masked = torch.cat([same, before], dim=2)  # (B, L, 2 L)
     clean = torch.cat([torch.zeros_like(same), same | before], dim=2)
     return torch.cat([masked, clean], dim=1)[:, None]
+
+
+# ---------------------------------------------------------------- knobs of pre-training
+
+
+def token_mean_weights(supervised: Tensor) -> Tensor:
+    """A sum with these weights is the mean over all supervised tokens. (B, L) bool -> (B, L) float."""
+    return supervised / supervised.sum().clamp(min=1)
+
+
+def loss_weights(supervised: Tensor, p: Tensor, answer_len: Tensor, *, bound: bool, per_token: bool) -> Tensor:
+    """The weights of a training whose every sample is one block: those of the knobs BOUND_WEIGHTS and LOSS_MEAN."""
+    if bound:
+        return bound_weights(supervised, p, 1, answer_len, per_token)
+    return token_mean_weights(supervised) if per_token else sample_mean_weights(supervised)
+
+
+def random_lengths(batch: Batch, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Cuts a share of the answers to a length that is uniform from 1 to their own, as LLaDA's pre-training does.
+
+    So the model learns texts that end before the last position (2502.09992, appendix B.1). Returns where the answers
+    end, (G,), and which positions the model sees, (G, L) bool: of a cut sample, none behind its end.
+    """
+    size = {"size": batch.length.shape, "generator": generator, "device": batch.length.device}
+    cut, answer_len = torch.rand(**size) < share, batch.length - batch.prompt_len  # (G,)
+    shorter = batch.prompt_len + 1 + (torch.rand(**size) * answer_len).long()  # (G,)
+    length = torch.where(cut, torch.minimum(shorter, batch.length), batch.length)
+    pos = torch.arange(batch.input_ids.shape[1], device=length.device)  # (L,)
+    return length, (pos < length[:, None]) | ~cut[:, None]

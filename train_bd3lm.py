@@ -24,16 +24,21 @@ BLOCKS_FROM: one_of("answer", "sample") = "answer"  # where the first block star
 MASK_LOW: between(0.0, 1.0) = 1e-3  # mask ratios are uniform between this ...
 MASK_HIGH: between(0.0, 1.0) = 1.0  # ... and this
 MASK_RATIO: one_of("block", "sample") = "block"  # block: one ratio per block, as in the paper; sample: one per sample
+ATTENTION: one_of("sdpa", "flex") = "sdpa"  # flex skips what nobody sees; GPUs only, not measured there yet
 BOUND_WEIGHTS = True  # True: loss weighted 1/p, the likelihood bound; False: the mean over the masked tokens
 
 
 def main():
     knobs = override(globals(), sys.argv[1:])
+    import torch
+
     from blockwise import trainer
     from blockwise.cli import InputError
 
     if not knobs.MASK_LOW < knobs.MASK_HIGH:
         raise InputError(f"MASK_LOW={knobs.MASK_LOW} must be below MASK_HIGH={knobs.MASK_HIGH}.")
+    if knobs.ATTENTION == "flex" and not torch.cuda.is_available():
+        raise InputError("ATTENTION='flex' needs a GPU: on CPUs, PyTorch cannot train with it; use 'sdpa'.")
     blocks = {"block_diffusion_size": knobs.BLOCK_SIZE, "block_diffusion_from": knobs.BLOCKS_FROM}
     trainer.train(knobs, noise, config=blocks)
 
@@ -54,7 +59,7 @@ def noise(batch, generator, knobs):
     weights = masking.loss_weights(
         masked, p, length - batch.prompt_len, bound=knobs.BOUND_WEIGHTS, per_token=knobs.LOSS_MEAN == "token"
     )
-    return masking.two_streams(batch, masked, weights, knobs.MASK_ID, block)
+    return masking.two_streams(batch, masked, weights, knobs.MASK_ID, block, flex=knobs.ATTENTION == "flex")
 
 
 if __name__ == "__main__":

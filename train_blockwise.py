@@ -28,9 +28,7 @@ EOS_TAIL = False  # True: the padding up to MAX_LEN is part of the answer, as in
 BOUND_WEIGHTS = False  # True: loss weighted 1/p x number of blocks, Theorem 3.3
 
 # ---------------------------------------------------------------- adapters
-LORA_RANK: at_least(0) = (
-    256  # 0 = full fine-tuning: all weights are trained, and the rest of this section has no effect
-)
+LORA_RANK: at_least(0) = 256  # 0 = full fine-tuning: all weights are trained, without adapters
 LORA_ALPHA: at_least(0) = 0  # 0 = twice LORA_RANK
 LORA_DROPOUT: between(0.0, 0.99) = 0.05  # 0.0 saves a third of the activation memory
 TARGET_MODS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # layers with adapters

@@ -27,9 +27,7 @@ LOSS_MEAN: one_of("sample", "token") = "sample"  # every sample counts alike; to
 RANDOM_LENGTH: between(0.0, 1.0) = 0.0  # share of answers cut to a random length; 0.01 in LLaDA's pre-training
 
 # ---------------------------------------------------------------- adapters
-LORA_RANK: at_least(0) = (
-    256  # 0 = full fine-tuning: all weights are trained, and the rest of this section has no effect
-)
+LORA_RANK: at_least(0) = 256  # 0 = full fine-tuning: all weights are trained, without adapters
 LORA_ALPHA: at_least(0) = 0  # 0 = twice LORA_RANK
 LORA_DROPOUT: between(0.0, 0.99) = 0.05  # 0.0 saves a third of the activation memory
 TARGET_MODS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # layers with adapters

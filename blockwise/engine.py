@@ -53,6 +53,8 @@ def load_model(folder: Path, knobs: SimpleNamespace, ranks: Ranks) -> PeftModel 
     if ranks.rank:
         transformers.utils.logging.disable_progress_bar()
     model = models.load_model(folder, torch.bfloat16 if knobs.BF16 else torch.float32, ranks.device)
+    if getattr(knobs, "ATTENTION", "sdpa") == "flex":  # a knob of block diffusion only
+        model.set_attn_implementation("flex_attention")
     if knobs.GRADIENT_CHECKPOINTING:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     transformers.set_seed(knobs.SEED)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import launch
 from test_a2d import KINDS
+from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoModelForCausalLM, GPTJConfig
 
 import masking
@@ -65,6 +66,8 @@ def test_attention_is_the_index_formula(start, size):
         else:
             wanted = block[k_pos] < block[q_pos] if k_clean else block[k_pos] == block[q_pos]
         assert bool(sees[q, k]) == bool(wanted)
+    flex = masking.FlexTwoStreams.attention(masking.block_numbers(torch.tensor([start]), length, size))
+    assert torch.equal(create_mask(flex.mask_mod, 1, None, 2 * length, 2 * length, device="cpu")[0, 0], sees)
 
 
 def causal_by_blocks(block):
@@ -91,6 +94,18 @@ def test_two_streams_are_block_by_block_passes(model, size):
         ids = torch.where(inside & masked[i], MASK, batch.input_ids[i])[None, :end]
         wanted = model(input_ids=ids, attention_mask=causal_by_blocks(block[i : i + 1, :end])).logits[0, j]
         torch.testing.assert_close(logits[number], wanted, atol=2e-5, rtol=2e-4)
+
+
+def test_flex_attention_gives_the_logits_of_sdpa(base):
+    """Forward only: PyTorch has no backward pass of it on CPUs."""
+    model, batch = models.load_model(base, torch.float32).eval().requires_grad_(False), batch_of([(5, 17), (0, 16)], 18)
+    block = masking.block_numbers(batch.prompt_len, 18, 4)
+    masked, found = torch.rand(2, 18, generator=seeded(2)) < 0.5, []
+    for name, flex in (("sdpa", False), ("flex_attention", True)):
+        model.set_attn_implementation(name)
+        part = masking.two_streams(batch, masked, masked.float(), MASK, block, flex).rows(slice(0, 2))
+        found.append(model(input_ids=part.input_ids, logits_to_keep=part.supervised, **part.model_args).logits)
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
 
 
 def test_one_block_without_a_prompt_is_a_full_sequence_pass(model):
@@ -343,6 +358,8 @@ def test_it_trains_and_its_checkpoint_is_decoded_by_blocks(tmp_path, base, pt_fi
     assert decode.block_diffusion_size(again) is None, "trained to see all of the answer, it is decoded so"
     done = launch(1, "train_bd3lm.py", "--MASK_LOW=0.9", "--MASK_HIGH=0.9", cwd=tmp_path)
     assert done.returncode and "MASK_LOW=0.9 must be below MASK_HIGH=0.9" in done.stdout + done.stderr
+    done = launch(1, "train_bd3lm.py", "--ATTENTION=flex", cwd=tmp_path)
+    assert done.returncode and "ATTENTION='flex' needs a GPU" in done.stdout + done.stderr
 
 
 def test_a_model_type_whose_attention_ignores_boolean_masks_is_refused(forked, tokenizer, tmp_path):

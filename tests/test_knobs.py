@@ -31,8 +31,12 @@ RANGES = {
     "MICRO_BSIZE": (1, math.inf), "GRAD_ACC": (1, math.inf),
     "TOTAL_TRAIN_STEPS": (0, math.inf), "SAVE_EVERY": (0, math.inf), "SAMPLE_EVERY": (0, math.inf),
     "RESUME_EVERY": (0, math.inf), "MAX_BAD_STEPS": (1, math.inf),
+    "DECAY_RATIO": (0.0, 1.0), "RANDOM_LENGTH": (0.0, 1.0),
 }  # fmt: skip
-CHOICES = {"WARMUP_TYPE": ("linear", "log"), "SAVE_DTYPE": ("bfloat16", "float16", "float32")}
+CHOICES = {
+    "WARMUP_TYPE": ("linear", "log"), "SAVE_DTYPE": ("bfloat16", "float16", "float32"),
+    "LR_SCHEDULE": ("cosine", "constant", "wsd"), "LOSS_MEAN": ("sample", "token"),
+}  # fmt: skip
 
 SOURCE = '''"""A script with knobs.
 
@@ -260,13 +264,15 @@ def test_every_default_is_in_range_and_every_number_has_a_range(script):
             ]
         else:
             assert knob.values == knobs.Range(choices=CHOICES.get(name, ()))
-    assert RANGES.keys() | CHOICES.keys() <= described.keys() | {"BLOCK_SIZE", "PREFIX_MASK_RATE", "SUFFIX_MASK_PROB"}
+    every = {name for script in SCRIPTS for name in knobs.describe(script.__file__)}
+    assert RANGES.keys() | CHOICES.keys() <= every
 
 
 def test_the_trainers_share_all_constants_but_those_of_the_method():
     blockwise, fullseq = ({k: v for k, v in vars(s).items() if k.isupper()} for s in SCRIPTS)
     assert blockwise.keys() - fullseq.keys() == {"BLOCK_SIZE", "PREFIX_MASK_RATE", "SUFFIX_MASK_PROB"}
-    assert {name for name in fullseq if fullseq[name] != blockwise.get(name)} == {"CKPT_DIR"}
+    assert fullseq.keys() - blockwise.keys() == {"LOSS_MEAN", "RANDOM_LENGTH"}
+    assert {name for name in blockwise.keys() & fullseq.keys() if fullseq[name] != blockwise[name]} == {"CKPT_DIR"}
 
 
 def test_defaults_are_the_published_ones():
@@ -280,9 +286,10 @@ def test_defaults_are_the_published_ones():
         "WEIGHT_DECAY": 0.0, "WARMUP_TYPE": "linear", "WARMUP_RATIO": 0.1, "MIN_LR_RATIO": 0.01, "MAX_GRAD_NORM": 1.0,
         "MICRO_BSIZE": 32, "GRAD_ACC": 1, "EPOCHS": 1, "TOTAL_TRAIN_STEPS": 0, "SAVE_EVERY": 0,
         "SAVE_DTYPE": "bfloat16", "SAMPLE_EVERY": 0, "RESUME": False, "RESUME_EVERY": 0, "MAX_BAD_STEPS": 3, "SEED": 42,
-        "BF16": True, "GRADIENT_CHECKPOINTING": False, "COMPILE": False,
+        "BF16": True, "GRADIENT_CHECKPOINTING": False, "COMPILE": False, "LR_SCHEDULE": "cosine", "DECAY_RATIO": 0.1,
     }  # fmt: skip
     assert train_fullseq.CKPT_DIR == "ckpts_fullseq_sft"
+    assert train_fullseq.LOSS_MEAN == "sample" and train_fullseq.RANDOM_LENGTH == 0.0
 
 
 def test_lora_alpha_0_is_twice_the_rank():

@@ -198,7 +198,7 @@ def test_settings_that_do_not_fit_are_refused(options, said):
 
 
 def test_an_empty_prompt_lets_the_model_begin(model):
-    """Alone, and beside others; not all are masks in this test, as there would be ties."""
+    """Alone, and in a batch with another; not all are masks in this test, as there would be ties."""
     for prompts in ([[]], [[], [10, 11, 12]]):
         canvas = decode.make_canvas(model.config, prompts, 8, "cpu")
         canvas.ids[0, canvas.start : canvas.start + 3] = torch.tensor([20, 21, 22])
