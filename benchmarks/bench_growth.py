@@ -2,10 +2,12 @@
 
     python -m benchmarks.bench_growth --steps
     python -m benchmarks.bench_growth --data --rows 1000 10000 100000
+    python -m benchmarks.bench_growth --text --tokens 10000 1000000
 
 Steps are those of bench_train.py ('ours'), each size in a process of its own. The data are the demo's additions; the
 start of a run is the time from the launcher's command to the first line of train_loss.csv, with the demo's model on two
-ranks. Prints tables and a JSON line.
+ranks. With --text it is that of train_fullseq.py on packed texts, here of random ids, and its memory.
+Prints tables and a JSON line.
 """
 
 import argparse
@@ -19,9 +21,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks import common
+from blockwise import packing
 from blockwise.cli import progress
 
 ROOT = Path(__file__).parent.parent
@@ -67,15 +71,15 @@ def timed(command, folder, until=None):
     return (end or time.perf_counter()) - began
 
 
-def start_command(rows_file):
-    """The demo's block-wise training, one step."""
+def start_command(rows_file, script="train_blockwise.py"):
+    """A training with the demo's model, one step."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     knobs = {"MODEL_NAME": ROOT / "demo/base", "DATA_PT": rows_file, "MASK_ID": 4, "MAX_LEN": 64, "MAX_SAMPLES": 0}
     knobs |= {"BF16": torch.cuda.is_available(), "LORA_RANK": 16, "TOTAL_TRAIN_STEPS": 1}
     launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", RANKS, "--master_port", port]
-    return [*launcher, ROOT / "train_blockwise.py", "--CKPT_DIR=run/c", *(f"--{k}={v}" for k, v in knobs.items())]
+    return [*launcher, ROOT / script, "--CKPT_DIR=run/c", *(f"--{k}={v}" for k, v in knobs.items())]
 
 
 def grow_data(args):
@@ -104,11 +108,38 @@ def grow_data(args):
     return results
 
 
+def grow_text(args):
+    """Seconds until the first step of a training on packed texts, and the memory of its first rank."""
+    results, start = [], lambda file: start_command(file, "train_fullseq.py")
+    with tempfile.TemporaryDirectory() as name:
+        folder, log = Path(name), Path(name, "run/c_logs/train_loss.csv")
+        for tokens in progress(args.tokens, desc="tokens"):
+            generator = np.random.default_rng(0)
+            parts = (generator.integers(8, 256, min(2**20, tokens - i), np.int32) for i in range(0, tokens, 2**20))
+            packing.write(folder / "text.pt", parts, 64)
+            starts, memory = [], []
+            for _ in range(args.repeats):
+                shutil.rmtree(folder / "run", ignore_errors=True)
+                starts.append(timed(start(folder / "text.pt"), folder, until=log))
+                metrics = log.with_name("metrics.csv").read_text().splitlines()
+                memory.append(float(metrics[1].split(",")[-1]))
+            size = (folder / "text.pt").stat().st_size / 1e6
+            results.append({"tokens": tokens, "mb": size, "start_seconds": starts, "memory_gb": max(memory)})
+    print("       tokens   file in MB   s until the first step (min - max)   GB of a rank")
+    for row in results:
+        starts = row["start_seconds"]
+        spread = f"{statistics.median(starts):8.1f} ({min(starts):.1f} - {max(starts):.1f})"
+        print(f"{row['tokens']:>13,} {row['mb']:12,.1f} {spread:<30} {row['memory_gb']:8.2f}")
+    return results
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_model_flags(parser)
     parser.add_argument("--steps", action="store_true", help="the training step")
     parser.add_argument("--data", action="store_true", help="pt.py and the start of a run")
+    parser.add_argument("--text", action="store_true", help="the start of a run on packed texts")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[10_000, 1_000_000, 100_000_000])
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -116,6 +147,7 @@ def main():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     results = {"steps": grow_steps(args)} if args.steps else {}
     results |= {"data": grow_data(args)} if args.data else {}
+    results |= {"text": grow_text(args)} if args.text else {}
     common.print_json(args, **results)
 
 

@@ -181,6 +181,8 @@ def test_growth(monkeypatch, capsys):
     assert [row["seconds"] for row in found["steps"]] == [[4], [8]]
     _, found = results(bench_growth, monkeypatch, capsys, "--data", "--rows", 100, "--repeats", 1)
     assert found["data"][0]["rows"] == 100 and 1 < found["data"][0]["start_seconds"][0] < 120
+    _, found = results(bench_growth, monkeypatch, capsys, "--text", "--tokens", 10_000, "--repeats", 1)
+    assert found["text"][0]["mb"] == pytest.approx(0.04, rel=0.05) and 0.1 < found["text"][0]["memory_gb"] < 8
 
 
 def test_scale(monkeypatch, capsys):
