@@ -29,15 +29,18 @@ def main():
     parser.add_argument("--model", required=True, help="folder of a checkpoint, or hub id")
     parser.add_argument("--data", required=True, help="file of pt.py, of samples that were not trained on")
     parser.add_argument("--max_len", type=int, default=0, help="MAX_LEN of the training; 0 = that of texts, else 256")
+    parser.add_argument("--block_size", type=int, default=0, help="of the bound; 0 = that of the model's config")
     parser.add_argument("--draws", type=int, default=8, help="random masks of each sample")
     parser.add_argument("--samples", type=int, default=0, help="only the first N samples; 0 = all")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0, help="of the masks")
     args = parser.parse_args()
-    if min(args.draws, args.batch_size) < 1 or min(args.samples, args.max_len) < 0:
-        parser.error("--draws and --batch_size must be at least 1, --samples and --max_len at least 0")
+    if min(args.draws, args.batch_size) < 1 or min(args.samples, args.max_len, args.block_size) < 0:
+        parser.error("--draws and --batch_size must be at least 1, --samples, --max_len and --block_size at least 0")
     data, device = read_pt(args.data), Ranks.from_environment().device
     model, _ = decode.load(args.model, "auto", device)
+    if args.block_size:  # a base that is not trained yet has none
+        model.config.block_diffusion_size = args.block_size
     batch = held_out(data, args.data, model.config, args.max_len, args.samples)
     generator = torch.Generator(device).manual_seed(args.seed)
     bound = held_out_bound(model, batch, args.draws, args.batch_size, generator).tolist()
