@@ -52,10 +52,10 @@ for part in train held_out; do
   python pt.py --text text --dataset $RUN/$part.txt --output $RUN/$part.pt --model $RUN/base --max_len 128
 done
 
-step "3/6 MDLM on $RANKS ranks: masks anywhere, all weights trained"
+step "3/6 MDLM: masks anywhere, all weights trained"
 $LAUNCH train_fullseq.py "${KNOBS[@]}" --CKPT_DIR=$RUN/mdlm
 
-step "4/6 BD3LM on $RANKS ranks: blocks of $BLOCK_SIZE tokens, each behind a clean prefix"
+step "4/6 BD3LM: blocks of $BLOCK_SIZE tokens, each behind a clean prefix"
 $LAUNCH train_bd3lm.py "${KNOBS[@]}" --BLOCK_SIZE=$BLOCK_SIZE --CKPT_DIR=$RUN/bd3lm
 
 step "5/6 bounds of the held-out likelihood, before and after each training"
