@@ -10,6 +10,7 @@ trained to fill in masks, what it writes is of little use: position i predicts t
 import argparse
 import importlib.util
 import shutil
+import sys
 from pathlib import Path
 
 from blockwise.cli import InputError, run_script
@@ -82,6 +83,8 @@ def load_as(config, folder: Path, dtype, **how):
     from blockwise.models import hub
 
     models.check_supported(config, folder)
+    if not sys.stderr.isatty():  # a bar that is redrawn would fill the file
+        transformers.utils.logging.disable_progress_bar()
     config.is_causal, config.use_cache = False, False
     for name, value in config.to_dict().items():
         if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
