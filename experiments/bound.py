@@ -68,14 +68,15 @@ def held_out_bound(model, batch: masking.Batch, draws: int, batch_size: int, gen
     generator: on the model's device. As in training, a last block that is not whole is filled up with padding, which
     counts in the nats, but not in the tokens.
     """
-    size, starts = decode.block_diffusion_size(model.config), range(0, len(batch.length), batch_size)
+    size, from_sample = decode.block_diffusion_size(model.config), decode.blocks_from_sample(model.config)
+    starts = range(0, len(batch.length), batch_size)
     tensors = (batch.input_ids, batch.prompt_len, batch.length, batch.block)
     batch = masking.Batch(*(tensor.to(model.device) for tensor in tensors))
     draws = 1 if size == 1 else draws  # which is exact
     total = torch.zeros(len(batch.length), dtype=torch.float64)
     with progress(total=draws * len(starts), desc="bound", unit="pass") as bar:
         for _ in range(draws):
-            noised = noise(batch, size, model.config.mask_token_id, generator)
+            noised = noise(batch, size, from_sample, model.config.mask_token_id, generator)
             for start in starts:
                 some = slice(start, start + batch_size)
                 total[some] += nats(model, noised.rows(some)).cpu() / draws
@@ -83,14 +84,18 @@ def held_out_bound(model, batch: masking.Batch, draws: int, batch_size: int, gen
     return total
 
 
-def noise(batch: masking.Batch, size: int | None, mask_id: int, generator: torch.Generator) -> masking.Noised:
+def noise(
+    batch: masking.Batch, size: int | None, from_sample: bool, mask_id: int, generator: torch.Generator
+) -> masking.Noised:
     """Masks the answers of a batch; the weights make of each sample's losses its bound per token.
 
-    size: tokens of a block; None: the answer is one block, and the model sees no clean copy of it.
+    size: tokens of a block; None: the answer is one block, and the model sees no clean copy of it. from_sample: blocks
+    are counted from the start of the sample, not of the answer.
     """
     start, length, max_len = batch.prompt_len, batch.length, batch.input_ids.shape[1]
-    end = masking.fill_blocks(start, length, max_len, size) if size else length
-    block = masking.answer_blocks(start, max_len, size or max_len)
+    first = torch.zeros_like(start) if from_sample else start
+    end = masking.fill_blocks(first, length, max_len, size) if size else length
+    block = masking.block_numbers(first, max_len, size or max_len)
     lowest = 1.0 if size == 1 else LOWEST
     masked, p = masking.block_diffusion_masks(
         start, end, block, low=lowest, high=1.0, per_block=True, generator=generator
