@@ -91,7 +91,7 @@ def test_padding_that_fills_a_block_counts_in_the_nats_but_not_in_the_tokens(mod
     for length in (4, 3):
         batch = batch_of(0, 4)
         batch.length[:] = length
-        weights[length] = bound.noise(batch, 4, MASK, torch.Generator().manual_seed(0)).weights
+        weights[length] = bound.noise(batch, 4, False, MASK, torch.Generator().manual_seed(0)).weights
     assert weights[4][:, 3].any()
     torch.testing.assert_close(weights[3], weights[4] * 4 / 3)
 
