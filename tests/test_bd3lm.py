@@ -257,6 +257,27 @@ def test_an_empty_prompt_beside_others_sees_none_of_them(model, blocks_from):
         del model.config.block_diffusion_size, model.config.block_diffusion_from
 
 
+def test_written_padding_stays_visible(model):
+    """The padding token may end texts, too: where it was written, later blocks see it, at its own position."""
+    model.config.block_diffusion_size = 4
+    try:
+        canvas = decode.make_canvas(model.config, [[10, 11, 12], [13]], 8, "cpu")
+        assert model.config.pad_token_id == END
+        canvas.ids[:, 3:7], canvas.ids[:, 8] = END, 20
+        finished = decode.FinishedBlocks(model, canvas, Settings(8, 4, 8))
+        finished.logits(slice(3, 7))
+        finished.append(torch.tensor([0, 1]), slice(3, 7))
+        found = finished.logits(slice(7, 11))
+        for row, prompt in enumerate(([10, 11, 12], [13])):
+            block = masking.block_numbers(torch.tensor([len(prompt)]), len(prompt) + 8, 4)
+            ids = torch.tensor([[*prompt, END, END, END, END, MASK, 20, MASK, MASK]])
+            wanted = model(input_ids=ids, attention_mask=causal_by_blocks(block)).logits[0, -4:]
+            wanted[:, MASK] = -torch.inf
+            torch.testing.assert_close(found[row], wanted, rtol=2e-4, atol=2e-5)
+    finally:
+        del model.config.block_diffusion_size
+
+
 def test_an_end_token_in_the_prompt_ends_no_answer(model):
     """With blocks from the start of the sample, the first one may have the end of the user's turn in it."""
     model.config.block_diffusion_size, model.config.block_diffusion_from = 4, "sample"

@@ -98,6 +98,17 @@ def test_training_on_texts_is_training_on_samples_without_prompts(forked, tmp_pa
     assert losses[0] == losses[2] and losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 3
 
 
+def test_previews_continue_the_first_half_of_texts(forked, base, tmp_path):
+    ids = torch.randint(8, 250, (40, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    packing.write(tmp_path / "text.pt", list(ids.numpy()), 64)
+    knobs = {"MAX_LEN": 64, "TOTAL_TRAIN_STEPS": 1, "SAMPLE_EVERY": 1, "DATA_PT": tmp_path / "text.pt"}
+    done = forked(tmp_path / "run", 1, "train_fullseq.py", **knobs, CKPT_DIR="out/run")
+    assert not any(done.codes), done.output
+    rows = [json.loads(line) for line in (tmp_path / "run/out/run_logs/samples.jsonl").read_text().splitlines()]
+    tokenizer = hub.load_tokenizer(base)
+    assert [row["prompt"] for row in rows] == [tokenizer.decode(row[:32].tolist()) for row in ids[:4]]
+
+
 def test_shorter_samples_are_padded_and_wrong_ones_refused(tmp_path):
     knobs = {"DATA_PT": tmp_path / "text.pt", "MAX_LEN": 16, "MAX_SAMPLES": 3, "MASK_ID": 4, "EOS_TAIL": False}
     ids = torch.arange(8, 8 + 50, dtype=torch.int32).reshape(5, 10)

@@ -98,9 +98,17 @@ def test_nothing_is_renamed_before_it_is_on_the_disk(uninterrupted):
     assert renames == 1 + 4 + 2 + 4  # constants, resume points, checkpoints, resume points that go
 
 
-def test_full_fine_tuning_stopped_and_resumed(forked, uninterrupted, tmp_path, record_property):
+OTHERS = {
+    "full fine-tuning": {"LORA_RANK": 0, "LORA_DROPOUT": 0.0},
+    "block diffusion": {"script": "train_bd3lm.py", "BLOCKS_FROM": "sample"},
+    "random lengths": {"script": "train_fullseq.py", "RANDOM_LENGTH": 0.5, "LOSS_MEAN": "token", "LR_SCHEDULE": "wsd"},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_trainings_stopped_and_resumed(forked, uninterrupted, tmp_path, record_property, other):
     record_property("fault", "stops at a chosen moment")
-    knobs = SETUPS["2 ranks"] | {"LORA_RANK": 0, "LORA_DROPOUT": 0.0}
+    knobs = SETUPS["2 ranks"] | OTHERS[other]
     reference = uninterrupted(**knobs)
     stopped = forked(tmp_path / "run", **knobs, faults={"at": ["stepped 2", signal.SIGTERM]})
     assert set(stopped.codes) == {75}, stopped.output
