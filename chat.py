@@ -23,7 +23,7 @@ def main():
     parser.add_argument("--model", required=True, help="folder of a checkpoint, or hub id")
     add_flags(parser)
     args = parser.parse_args()
-    settings = from_flags(args)
+    from_flags(args, args.gen_length)  # checks them, but for a block length that the model may say
     import torch  # only now: a mistyped flag is reported without waiting for it
 
     from blockwise.decoding import decode
@@ -31,6 +31,8 @@ def main():
 
     sys.stdin.reconfigure(errors="replace")  # what is not UTF-8 becomes question marks
     model, tokenizer = decode.load(args.model, args.dtype, Ranks.from_environment().device, args.adapter)
+    settings = from_flags(args, decode.block_diffusion_size(model.config))
+    decode.check_blocks(model.config, settings)
     ends, generator = decode.end_ids(model, tokenizer), torch.Generator(model.device).manual_seed(args.seed)
     show, messages = show_live if sys.stdout.isatty() else show_blocks, []
     while question := read_question():

@@ -63,7 +63,7 @@ def parse_args() -> argparse.Namespace:
 
 def main():
     args = parse_args()
-    settings = from_flags(args)
+    from_flags(args, args.gen_length)  # checks them, but for a block length that the model may say
     problems = load_problems(args)
     from blockwise.run.ranks import Ranks  # only now: a mistyped flag is reported without waiting for torch
 
@@ -81,6 +81,7 @@ def main():
     folders = [Path(args.output) / f"{label(name, args.adapter)}-{args.task}" for name in names]
     if len(set(folders)) < len(folders):
         raise InputError(f"both models are called {Path(names[0]).name}; evaluate them one by one, with two --output.")
+    settings = settings_for(args, names[-1])
     prompts = [encode(name, problems, settings) for name in names]  # also of the second, before the first is run
     for name, ids, folder in zip(names, prompts, folders):
         wanted = description(name, problems, ids, args, settings)
@@ -104,6 +105,15 @@ def label(name: str, adapter: str | None) -> str:
             *(["-".join(Path(adapter).absolute().parts[-2:])] if adapter else []),
         ]
     )
+
+
+def settings_for(args: argparse.Namespace, name: str) -> Settings:
+    """The settings of the flags; without --block_length, that of the model if it is one of block diffusion."""
+    from blockwise.decoding import decode
+    from blockwise.models import base as models
+    from blockwise.models import hub
+
+    return from_flags(args, decode.block_diffusion_size(models.load_config(hub.local_folder(name))))
 
 
 def load_problems(args: argparse.Namespace) -> list[dict[str, str]]:
@@ -139,6 +149,7 @@ def encode(name: str, problems: list[dict], settings: Settings) -> list[list[int
     folder = hub.local_folder(name)
     config = models.load_config(folder)
     models.check_tensors(folder, config)
+    decode.check_blocks(config, settings)
     tokenizer = hub.load_tokenizer(folder)
     prompts = [prompt_ids(tokenizer, [user_message(problem["question"])]) for problem in problems]
     decode.make_canvas(config, prompts, settings.gen_length, "cpu")

@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
 
 def main():
     args = parse_args()
-    settings = from_flags(args)
+    from_flags(args, args.gen_length)  # checks them, but for a block length that the model may say
     if args.output:
         check_output(Path(args.output))
     texts, gaps = ([args.prompt], [args.infill]) if args.prompt is not None else read_prompts(args.prompts, args.raw)
@@ -56,6 +56,8 @@ def main():
     from blockwise.run.ranks import Ranks
 
     model, tokenizer = decode.load(args.model, args.dtype, Ranks.from_environment().device, args.adapter)
+    settings = from_flags(args, decode.block_diffusion_size(model.config))
+    decode.check_blocks(model.config, settings)
     ends, generator = decode.end_ids(model, tokenizer), torch.Generator(model.device).manual_seed(args.seed)
     prompts = [encode(tokenizer, text, args.raw) for text in texts]
     if gaps[0] is not None:

@@ -42,11 +42,17 @@ class LLaDA(TemplateLM):
                 raise InputError(f"{key} {value}: give a number of rows, at least 1.")
         if dtype not in DTYPES:
             raise InputError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
-        self.settings, self.batch_size, self.mc_samples = Settings(**settings), int(batch_size), int(mc_samples)
+        whole = {"block_length": settings.get("gen_length", Settings.gen_length)}  # the model may say another one
+        Settings(**whole | settings)  # checks them, before anything large is read
+        self.batch_size, self.mc_samples = int(batch_size), int(mc_samples)
         self._device = Ranks.from_environment().device
         if device and torch.cuda.is_available():  # the harness says "cuda" on machines without a GPU, too
             self._device = torch.device(device)
         self.model, self.tokenizer = decode.load(pretrained, dtype, self._device, adapter)
+        if size := decode.block_diffusion_size(self.model.config):
+            settings = {"block_length": size} | settings
+        self.settings = Settings(**settings)
+        decode.check_blocks(self.model.config, self.settings)
         self.pretrained, self.ends = str(pretrained), decode.end_ids(self.model, self.tokenizer)
         self.generator = torch.Generator(self._device).manual_seed(int(seed))
 

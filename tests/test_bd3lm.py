@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import launch
+from conftest import launch, run
 from test_a2d import KINDS
 from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoModelForCausalLM, GPTJConfig
@@ -368,6 +368,16 @@ def test_it_trains_and_its_checkpoint_is_decoded_by_blocks(tmp_path, base, pt_fi
         losses.append([float(line.split(",")[1]) for line in lines])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3
     folder = tmp_path / "run2_step0003"
+    for flags, said in ((("--gen_length", 32, "--steps", 32), ""), (("--block_length", 8), "give --block_length 16")):
+        done = run("generate.py", "--model", folder, "--prompt", "What is 3 + 4?", *flags)
+        assert bool(done.returncode) == bool(said) and said in done.stderr and "Traceback" not in done.stderr
+    data = tmp_path / "problems.jsonl"
+    data.write_text('{"question": "3 + 4", "answer": "The answer is: 7"}\n')
+    flags = ("--data", data, "--gen_length", 16, "--steps", 16, "--output", tmp_path / "results")
+    done = run("eval.py", "--model", folder, *flags)
+    assert done.returncode == 0 and "block_length 16" in done.stdout, done.stderr
+    done = run("eval.py", "--compare", base, folder, *flags, "--block_length", 8)
+    assert done.returncode and "give --block_length 16" in done.stderr and "Traceback" not in done.stderr
     model, _ = decode.load(str(folder), "float32", torch.device("cpu"))
     assert decode.block_diffusion_size(model.config) == 16
     done = launch(

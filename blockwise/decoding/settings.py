@@ -47,6 +47,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for field in fields(Settings):
         if field.type is bool:
             parser.add_argument(f"--{field.name}", action="store_true")
+        elif field.name == "block_length":
+            said = f"tokens of a block (default: {field.default}, or that of a block-diffusion checkpoint)"
+            parser.add_argument("--block_length", type=int, help=said)
         else:
             parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
     parser.add_argument("--adapter", help="folder of LoRA adapters in PEFT's format, run on --model without merging")
@@ -54,8 +57,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of temperature and random remasking")
 
 
-def from_flags(args: argparse.Namespace) -> Settings:
-    """The Settings of parsed arguments; checks the seed, too. Raises InputError."""
+def from_flags(args: argparse.Namespace, block_length: int | None = None) -> Settings:
+    """The Settings of parsed arguments; checks the seed, too. Raises InputError.
+
+    block_length: of a checkpoint that was trained for it, where no flag says another.
+    """
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed {args.seed} must be at least 0 and below 2^63.")
-    return Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    values = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    if args.block_length is None:
+        values["block_length"] = block_length or Settings.block_length
+    return Settings(**values)
