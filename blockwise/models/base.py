@@ -6,12 +6,14 @@ that, most decoders of transformers attend in both directions, but some ignore i
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -19,9 +21,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from blockwise.cli import InputError
-from blockwise.models import hub, llada
+from blockwise.models import hub, llada, llada_moe
 from blockwise.run.files import TENSOR_BYTES
 
+WITH_EXPERTS = ("qwen3_moe",)  # types whose experts lie in the files one by one, and in the model in one tensor
 MASK_TRAINED = "mask_embedding_trained"  # in config.json, false: a2d.py has added the mask, and nothing was trained
 
 
@@ -33,6 +36,21 @@ def mask_is_trained(config: PreTrainedConfig) -> bool:
 def file_name(config: PreTrainedConfig, tensor: str) -> str:
     """The name that a tensor of the model has in the checkpoint's files."""
     return llada.hub_name(tensor) if config.model_type == "llada" else tensor
+
+
+def in_files(config: PreTrainedConfig, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What a tensor of the model is in the checkpoint's files: (name, tensor or a view of it), once or more.
+
+    transformers keeps the experts of a layer in one tensor, gate_up_proj (E, 2 I, D) or down_proj (E, D, I); in the
+    files, every expert has tensors of its own.
+    """
+    layer, experts, kind = name.partition(".mlp.experts.")
+    if config.model_type not in WITH_EXPERTS or not experts:
+        yield file_name(config, name), tensor
+        return
+    for number, expert in enumerate(tensor):
+        parts = dict(zip(("gate_proj", "up_proj"), expert.chunk(2))) if kind == "gate_up_proj" else {kind: expert}
+        yield from ((f"{layer}{experts}{number}.{part}.weight", weight) for part, weight in parts.items())
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -68,6 +86,7 @@ def load_config(folder: str | Path) -> PreTrainedConfig:
 def read_config(folder: str | Path) -> PreTrainedConfig:
     """The config of any checkpoint folder, without remote code. Raises InputError.
 
+    LLaDA-MoE is read as a Qwen3-MoE that attends in both directions (llada_moe.py).
     dLLM's types a2d-llama, a2d-qwen2 and a2d-qwen3 are those of transformers, read in both directions.
     """
     path = Path(folder) / "config.json"
@@ -78,16 +97,19 @@ def read_config(folder: str | Path) -> PreTrainedConfig:
         raise InputError(f"{path} does not exist; a model has one.") from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(f"{path} is not a JSON object with a model_type.") from None
-    if model_type not in CONFIG_MAPPING:
+    moe = llada_moe.is_llada_moe(content)
+    if not moe and model_type not in CONFIG_MAPPING:
         raise InputError(f"{path}: model_type {model_type!r} is not one that this version of transformers knows.")
     try:
         if model_type != content["model_type"]:
             content = {key: value for key, value in content.items() if key not in ("model_type", "auto_map")}
             return AutoConfig.for_model(model_type, **content | {"is_causal": False})
+        if moe:
+            return llada_moe.read_config(folder, content)
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
-    except (StrictDataclassError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
         raise InputError(f"{path} has a value that no {model_type} model has: {hub.reason(error)}") from error
 
 
@@ -103,8 +125,8 @@ def check_supported(config: PreTrainedConfig, folder: str | Path) -> None:
         problem = f"has layers of the kind {', '.join(sorted(layers))}; only full attention can see both directions"
     elif getattr(config, "sliding_window", None):
         problem = f"has attention with a sliding window of {config.sliding_window} tokens, which cannot see both ends"
-    elif config.model_type != "llada" and get_checkpoint_conversion_mapping(config.model_type):
-        problem = "keeps its weights under other names than its model, as mixtures of experts do"
+    elif config.model_type not in ("llada", *WITH_EXPERTS) and get_checkpoint_conversion_mapping(config.model_type):
+        problem = "keeps its weights under other names than its model, as most mixtures of experts do"
     if problem:
         raise InputError(f"{folder}: this {config.model_type} model {problem}; it cannot be a base.")
 
@@ -121,7 +143,8 @@ def check_tensors(folder: str | Path, config: PreTrainedConfig) -> None:
                 found |= {name: (tensors.get_slice(name), file.name) for name in tensors.offset_keys()}
         except SafetensorError as error:
             raise InputError(f"{file} is damaged ({error}); fetch the model again.") from error
-    needed = {file_name(config, name): list(tensor.shape) for name, tensor in meta_model(config).named_parameters()}
+    live = meta_model(config).named_parameters()
+    needed = {name: list(part.shape) for whole, tensor in live for name, part in in_files(config, whole, tensor)}
     for name, shape in needed.items():
         if name not in found:
             raise InputError(f"{folder}: tensor {name} is missing from its safetensors files.")
