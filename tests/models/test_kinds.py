@@ -48,7 +48,7 @@ def llada_moe(folder, tokenizer):
         num_experts=EXPERTS, num_experts_per_tok=TOP, mlp_only_layers=[0], initializer_range=0.2,
         tie_word_embeddings=False,
     )  # fmt: skip
-    tokenizer.add_tokens([AddedToken("<|mask|>", special=True)])  # 400, in place of LLaDA-MoE's 156895
+    tokenizer.add_tokens([AddedToken("<|mask|>", special=True)])  # 400, instead of LLaDA-MoE's 156895
     save(folder, config, tokenizer)
     (folder / "generation_config.json").unlink()
     (folder / "config.json").write_text(json.dumps(MOE))
@@ -144,14 +144,13 @@ def test_llada_moe_is_its_literal_forward_pass(make):
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_trains_merges_loads_and_decodes(make, forked, tmp_path, kind, rank):
     folder, mask = make(kind), KINDS[kind][1]
-    knobs = {"MODEL_NAME": folder, "MASK_ID": mask, "TARGET_MODS": LINEARS, "LORA_RANK": rank}
+    knobs = {"MODEL_NAME": folder, "MASK_ID": mask, "TARGET_MODS": LINEARS, "LORA_RANK": rank, "LORA_DROPOUT": 0.0}
     knobs |= {
         "SAVE_DTYPE": "float32",
-        "TOTAL_TRAIN_STEPS": 2,
-        "CKPT_DIR": "out/run",
         "SAVE_EVERY": 0,
         "RESUME_EVERY": 0,
-        "LORA_DROPOUT": 0.0,
+        "TOTAL_TRAIN_STEPS": 2,
+        "CKPT_DIR": "out/run",
     }
     samples = torch.randint(8, 400, (40, 64), generator=torch.Generator().manual_seed(0))  # no masks of these models
     pt.save([(5, row.numpy()) for row in samples], tmp_path / "samples.pt")
