@@ -86,7 +86,7 @@ def name_of_blocks(train, block):
 
 
 BLOCK_SIZES = (1, 2, 4, 8, 16)
-HALF = "block diffusion, half of the steps"  # of 50
+HALF = "block diffusion, half of the steps"  # of those that an epoch has
 CLAIMS = {
     "C1": [
         Setting("base", ""),
@@ -163,6 +163,12 @@ CLAIMS = {
         Setting("base", ""),
         *(Setting(name, script, lrs=ADDITION_LRS) for name, script in BOTH),
         Setting(HALF, BD3LM, {"TOTAL_TRAIN_STEPS": 25}, lrs=ADDITION_LRS),
+        Setting(f"{HALF}, masked mean", BD3LM, {"TOTAL_TRAIN_STEPS": 25, "BOUND_WEIGHTS": False}, lr_of=HALF),
         Setting("block diffusion, equal steps", BD3LM, lr_of=HALF),
+    ],
+    "B4": [
+        *(lag(name, script, LAG3[1]) for name, script in BOTH),
+        lag(HALF, BD3LM, LAG3[1], lrs=FEW_LRS, TOTAL_TRAIN_STEPS=400),
+        lag("block diffusion, equal steps", BD3LM, LAG3[1], lr_of=HALF),
     ],
 }  # fmt: skip
