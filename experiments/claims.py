@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 BLOCKWISE, FULLSEQ, CAUSAL = "train_blockwise.py", "train_fullseq.py", "experiments/train_causal.py"
+BD3LM = "train_bd3lm.py"
 BATCH, HELD_OUT = 32, 300  # samples of an optimizer step; problems that are decoded, never trained on
 BLOCK, GEN_LENGTH = 4, 16  # an answer has 16 tokens
 COMMON = {"MASK_ID": 4, "MAX_SAMPLES": 0, "BF16": False, "MICRO_BSIZE": BATCH, "LORA_DROPOUT": 0.0}
@@ -85,6 +86,7 @@ def name_of_blocks(train, block):
 
 
 BLOCK_SIZES = (1, 2, 4, 8, 16)
+HALF = "block diffusion, half of the steps"  # of those that an epoch has
 CLAIMS = {
     "C1": [
         Setting("base", ""),
@@ -156,5 +158,17 @@ CLAIMS = {
         Setting("base, rule 1", "", task=LAG3[1], against=None),
         *lag_pair("rule 1", LAG3[1], curve=True),
         *lag_pair("rule 2", LAG3[2]),
+    ],
+    "B3": [  # a step of block diffusion has twice the tokens; its checkpoints are decoded with finished blocks kept
+        Setting("base", ""),
+        *(Setting(name, script, lrs=ADDITION_LRS) for name, script in BOTH),
+        Setting(HALF, BD3LM, {"TOTAL_TRAIN_STEPS": 25}, lrs=ADDITION_LRS),
+        Setting(f"{HALF}, masked mean", BD3LM, {"TOTAL_TRAIN_STEPS": 25, "BOUND_WEIGHTS": False}, lr_of=HALF),
+        Setting("block diffusion, equal steps", BD3LM, lr_of=HALF),
+    ],
+    "B4": [
+        *(lag(name, script, LAG3[1]) for name, script in BOTH),
+        lag(HALF, BD3LM, LAG3[1], lrs=FEW_LRS, TOTAL_TRAIN_STEPS=400),
+        lag("block diffusion, equal steps", BD3LM, LAG3[1], lr_of=HALF),
     ],
 }  # fmt: skip

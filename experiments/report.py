@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from blockwise.cli import InputError, run_script  # noqa: E402
+from experiments import text as texts  # noqa: E402
 from experiments.claims import BLOCK_SIZES, BLOCKWISE, CLAIMS, FULLSEQ, name_of_blocks  # noqa: E402
 from experiments.run import chosen_lr, read  # noqa: E402
 
@@ -38,6 +39,9 @@ TITLES = {
     "N3": "where it ends: rank of the adapters, three times the steps, no new rule, on the task lag3",
     "N4": "training block size against decoding block size, on the task lag3",
     "N5": "a new rule at equal steps and FLOPs, when a token needs three earlier ones: the task lag3",
+    "B1": "from scratch on text: the held-out bound by the size of the blocks",
+    "B3": "block diffusion against fine-tuning by blocks and of the full sequence, on long additions",
+    "B4": "the same on the task lag3, rule 1",
 }
 HEAD = """# Results
 
@@ -72,8 +76,55 @@ def main():
             picture(claim, settings if picture is draw_steps else final, output / f"figures/{claim}{end}.png")
             text.append(f"![{claim}](figures/{claim}{end}.png)\n")
         text += [table(claim, final), tried(claim, settings)]
+    bounds = Path(args.results).with_name("bounds.csv")
+    if bounds.exists():
+        text.append(report_bounds(read(bounds, texts.COLUMNS), output))
     (output / "report.md").write_text("\n".join(filter(None, text)))
-    print(f"{output}/report.md: {', '.join(claims)}")
+    print(f"{output}/report.md: {', '.join([*claims, *['B1'] * bounds.exists()])}")
+
+
+def report_bounds(rows: list[dict[str, str]], output: Path) -> str:
+    """B1 in Markdown, with its figure: the bound of each setting over seeds, and with each learning rate on seed 0."""
+    means = [f"LR {lr:g}, seed 0" for lr in texts.LRS]
+    lines = [f"## B1: {TITLES['B1']}\n", "![B1](figures/B1_blocks.png)\n"]
+    lines += [f"| nats per token | LR | steps | mean | of each seed | {' | '.join(means)} |"]
+    lines += ["|---" * (5 + len(means)) + "|"]
+    reported = {}
+    for setting in texts.SETTINGS:
+        lr, own = texts.chosen_lr(setting, rows), [row for row in rows if row["setting"] == setting.name]
+        final = [row for row in own if row["seed"] != "0" and float(row["lr"]) == lr]
+        if not final:
+            continue
+        values = reported[setting.name] = [float(row["nats_per_token"]) for row in final]
+        mean, half = interval(values)
+        each = ", ".join(row["nats_per_token"] for row in final)
+        grid = {float(row["lr"]): row["nats_per_token"] for row in own if row["seed"] == "0"}
+        cells = [setting.name, f"{lr:g}", final[0]["steps"], f"{mean:.3f} ± {half:.3f}", each]
+        lines.append(f"| {' | '.join([*cells, *(grid.get(lr, '') for lr in texts.LRS)])} |")
+    draw_bounds(reported, output / "figures/B1_blocks.png")
+    errors = [float(row["standard_error"]) for row in rows]
+    lines.append(f"\nThe standard error over the held-out samples is {min(errors):.3f} to {max(errors):.3f}.\n")
+    return "\n".join(lines)
+
+
+def draw_bounds(bounds: dict[str, list[float]], path: Path) -> None:
+    """The bound by the size of the blocks, with intervals and a dot per seed; full sequence as a line with its band."""
+    figure, panel = plt.subplots(figsize=(6, 4), layout="constrained")
+    for size in texts.SIZES:
+        if values := bounds.get(texts.name_of(size)):
+            mean, half = interval(values)
+            panel.errorbar(size, mean, half, fmt="o", color="C0", capsize=3)
+            panel.plot([size] * len(values), values, ".", color="0.6", zorder=0)
+    if values := bounds.get(texts.SETTINGS[0].name):
+        mean, half = interval(values)
+        panel.axhline(mean, color="C1", label=texts.SETTINGS[0].name)
+        panel.axhspan(mean - half, mean + half, color="C1", alpha=0.2, linewidth=0)
+        panel.legend()
+    panel.set_xscale("log", base=2)
+    panel.set(xlabel="tokens of a block", ylabel="held-out bound (nats per token)")
+    panel.set(xticks=texts.SIZES, xticklabels=texts.SIZES)
+    panel.grid(alpha=0.3)
+    finish(figure, "B1", path)
 
 
 def group(rows: list[dict], path: str) -> dict[str, dict[str, list[dict]]]:

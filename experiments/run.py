@@ -30,7 +30,19 @@ from pathlib import Path
 from blockwise.cli import InputError, progress, run_script
 from blockwise.run import files
 from experiments import make_data
-from experiments.claims import BASE_FLAGS, BATCH, BLOCK, CLAIMS, COMMON, FULLSEQ, HELD_OUT, Setting, Task, decoding
+from experiments.claims import (
+    BASE_FLAGS,
+    BATCH,
+    BD3LM,
+    BLOCK,
+    CLAIMS,
+    COMMON,
+    FULLSEQ,
+    HELD_OUT,
+    Setting,
+    Task,
+    decoding,
+)
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "demo/base"
@@ -222,7 +234,8 @@ def rows_of(runs: list[Run], work: Path, scale: Scale) -> list[list]:
         for step, folder in checkpoints.items() if run.setting.curve else [max(checkpoints.items())]:
             tokens = sum(int(row["supervised_tokens"]) for row in metrics[:step])
             speed = statistics.median([float(row["tokens_per_second"]) for row in metrics] or [1.0])
-            seconds = step * BATCH * run.knobs["MAX_LEN"] / speed
+            tokens_of_step = BATCH * run.knobs["MAX_LEN"] * (2 if run.setting.script == BD3LM else 1)
+            seconds = step * tokens_of_step / speed
             score = evaluate(folder, run.setting.decoding or decoding(BLOCK), run.setting.task, scale.held_out)
             rows.append([*run.key, step, tokens, f"{seconds:.1f}", *score, scale.held_out])
     return rows
@@ -298,24 +311,24 @@ def evaluate(folder: Path, settings: dict, task: Task, number: int) -> tuple[str
 # ---------------------------------------------------------------- results.csv
 
 
-def start_results(path: Path) -> None:
+def start_results(path: Path, columns: list[str] = COLUMNS) -> None:
     """Makes the CSV, or drops its unfinished last line."""
     whole, end, _ = (path.read_text() if path.exists() else "").rpartition("\n")
-    files.replace(path, whole + end or ",".join(COLUMNS) + "\n")
+    files.replace(path, whole + end or ",".join(columns) + "\n")
 
 
-def read(path: str | Path) -> list[dict[str, str]]:
+def read(path: str | Path, columns: list[str] = COLUMNS) -> list[dict[str, str]]:
     """The rows of the CSV. Raises InputError."""
     try:
         with open(path, newline="") as file:
             reader = csv.DictReader(file)
-            rows, columns = list(reader), reader.fieldnames
+            rows, found = list(reader), reader.fieldnames
     except OSError as error:
         raise InputError(
             f"--results {path} cannot be read: {error.strerror}; write it with experiments/run.py."
         ) from error
-    if columns != COLUMNS:
-        raise InputError(f"--results {path} is not a CSV with the columns of experiments/run.py.")
+    if found != columns:
+        raise InputError(f"--results {path} is not a CSV with the columns {', '.join(columns)}.")
     for number, row in enumerate(rows, start=2):
         if None in row.values():
             raise InputError(f"--results {path}, line {number} is not whole; remove it.")

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import masking
-from benchmarks import bench_data, bench_decode, bench_growth, bench_merge, bench_train, common, scale
+from benchmarks import bench_blocks, bench_data, bench_decode, bench_growth, bench_merge, bench_train, common, scale
 from blockwise import trainer as trainers
 from blockwise.data import Samples
 from blockwise.models import llada
@@ -171,6 +171,10 @@ def test_train_and_decode(monkeypatch, capsys):
         assert variant["loss"] == pytest.approx(found["variants"]["plain"]["loss"], rel=0.1)  # 0.1: dropout
     _, found = results(bench_decode, monkeypatch, capsys, *size, "--limit", 2, "--gen_length", 16, "--repeats", 1)
     assert found["variants"]["exact, one by one"]["same_tokens"] == 1.0
+    size = [*size, "--block_length", 8, "--prompt_length", 4]
+    _, found = results(bench_blocks, monkeypatch, capsys, *size, "--gen_lengths", 16, 32, "--repeats", 2)
+    assert found["gen_lengths"].keys() == {"16", "32"}
+    assert all(row["low"] <= row["ratio"] <= row["high"] for row in found["gen_lengths"].values())
 
 
 @pytest.mark.full
