@@ -9,7 +9,7 @@
 # instead of the documentation that comes with Python. Needs what demo.sh needs, 9 GB of memory and 4 GB on the disk.
 # What it makes lies in demo_a2d_run/, which it empties first.
 set -euo pipefail
-STEPS=40 TEXT=
+STEPS=30 TEXT=
 fail() { echo "error: $*" >&2; exit 1; }
 while [ $# -gt 0 ]; do
   case $1 in
