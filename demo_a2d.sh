@@ -67,10 +67,10 @@ bound --model $RUN/bd3lm_step*
 step "6/6 samples and a picture"
 for name in base mdlm_step* bd3lm_step*; do
   python generate.py --model $RUN/$name "${DECODING[@]}" \
-    --prompts $RUN/continue.jsonl --output $RUN/continued_${name%_step*}.jsonl
+    --prompts $RUN/continued.jsonl --output $RUN/continued_${name%_step*}.jsonl
 done
 for name in base mdlm_step*; do
   python generate.py --model $RUN/$name "${DECODING[@]}" \
-    --prompts $RUN/gaps.jsonl --output $RUN/filled_${name%_step*}.jsonl
+    --prompts $RUN/filled.jsonl --output $RUN/filled_${name%_step*}.jsonl
 done
 python -m demo.conversion summary $RUN
