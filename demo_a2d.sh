@@ -9,7 +9,7 @@
 # instead of the documentation that comes with Python. Needs what demo.sh needs, 9 GB of memory and 4 GB on the disk.
 # What it makes lies in demo_a2d_run/, which it empties first.
 set -euo pipefail
-STEPS=40 TEXT=
+STEPS=30 TEXT=
 fail() { echo "error: $*" >&2; exit 1; }
 while [ $# -gt 0 ]; do
   case $1 in
@@ -67,10 +67,10 @@ bound --model $RUN/bd3lm_step*
 step "6/6 samples and a picture"
 for name in base mdlm_step* bd3lm_step*; do
   python generate.py --model $RUN/$name "${DECODING[@]}" \
-    --prompts $RUN/continue.jsonl --output $RUN/continued_${name%_step*}.jsonl
+    --prompts $RUN/continued.jsonl --output $RUN/continued_${name%_step*}.jsonl
 done
 for name in base mdlm_step*; do
   python generate.py --model $RUN/$name "${DECODING[@]}" \
-    --prompts $RUN/gaps.jsonl --output $RUN/filled_${name%_step*}.jsonl
+    --prompts $RUN/filled.jsonl --output $RUN/filled_${name%_step*}.jsonl
 done
 python -m demo.conversion summary $RUN

@@ -15,6 +15,7 @@ from plot_loss import read_losses, smooth
 
 HELD_OUT = 8  # every eighth topic
 PASSAGE = 60  # words of a held-out passage: the first 24 are the prompt, the next 8 the gap
+GAP = "[MASK:12]"
 METHODS = ("mdlm", "bd3lm")
 
 
@@ -25,7 +26,10 @@ def main():
     else:
         bounds = read_bounds(Path(run))
         draw(Path(run), bounds)
-        show(Path(run), bounds)
+        show_bounds(bounds)
+        show_samples(Path(run), "continued", ("base", *METHODS))
+        show_samples(Path(run), "filled", ("base", "mdlm"))
+        print(f"\nLoss curves and bounds: {run}/loss.png.")
 
 
 # ---------------------------------------------------------------- before the training
@@ -61,12 +65,13 @@ def write_text(run: Path, training: str, held_out: str) -> None:
     (run / "held_out.txt").write_text(held_out, encoding="utf-8")
     print(f"{len(training):,} characters of training, {len(held_out):,} held out")
     passages = [words for part in held_out.split("\n\n") if len(words := part.split()) >= PASSAGE]
-    for name, gap in (("continue", False), ("gaps", True)):
-        rows = []
-        for words in (passages or [held_out.split()])[:2]:
-            row = {"prompt": " ".join(words[:24])}
-            rows.append(row | {"infill": " ".join(["[MASK:12]", *words[32:PASSAGE]])} if gap else row)
-        (run / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    passages = (passages or [held_out.split()])[:2]
+    texts = [[" ".join(part) for part in (words[:24], words[24:32], words[32:PASSAGE])] for words in passages]
+    continued = [{"prompt": start, "truth": f"{gap} {end}"} for start, gap, end in texts]
+    filled = [{"prompt": start, "infill": f"{GAP} {end}", "truth": gap} for start, gap, end in texts]
+    for kind, rows in (("continued", continued), ("filled", filled)):
+        lines = (f"{json.dumps(row)}\n" for row in rows)
+        (run / f"{kind}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 # ---------------------------------------------------------------- after it
@@ -99,27 +104,26 @@ def draw(run: Path, bounds: dict) -> None:
     places = [number + shift for number in range(len(METHODS)) for shift in (-0.2, 0.2)]
     right.set_xticks(places, [f"{method.upper()}\n{when}" for method in METHODS for when in ("before", "after")])
     right.margins(y=0.12)
+    left.locator_params(axis="x", integer=True)
     left.grid(alpha=0.3)
     left.legend()
     figure.savefig(run / "loss.png", dpi=150)
 
 
-def show(run: Path, bounds: dict) -> None:
-    """Prints the table of the bounds, and the samples of each checkpoint one below the other."""
+def show_bounds(bounds: dict) -> None:
     print(f"\n{'held-out bound, nats per token':<32}{'before':>16}{'after':>16}")
     for method, pairs in bounds.items():
         print(f"{method.upper():<32}" + "".join(f"{f'{value:.2f} ± {error:.2f}':>16}" for value, error in pairs))
-    for kind, what, names in (
-        ("continued", "continued", ("base", *METHODS)),
-        ("filled", "the gap filled in", ("base", "mdlm")),
-    ):
-        answers = {name: [row for _, row in read_jsonl(run / f"{kind}_{name}.jsonl")] for name in names}
-        for number, row in enumerate(answers["base"]):
-            print(f"\n{row['prompt']} ... ({what})")
-            for name, rows in answers.items():
-                text = rows[number]["filled"][0] if kind == "filled" else rows[number]["completion"]
-                print(f"  {name:<6} {' '.join(text.split())}")
-    print(f"\nLoss curves and bounds: {run / 'loss.png'}.")
+
+
+def show_samples(run: Path, kind: str, names: tuple[str, ...]) -> None:
+    """Prints what checkpoints wrote for each prompt, below what the text has there."""
+    answers = {name: [row for _, row in read_jsonl(run / f"{kind}_{name}.jsonl")] for name in names}
+    for number, (_, row) in enumerate(read_jsonl(run / f"{kind}.jsonl")):
+        print(f"\n{row['prompt']} ...{row.get('infill', '').removeprefix(GAP)}\n  text   {row['truth']}")
+        for name, rows in answers.items():
+            written = rows[number].get("filled") or [rows[number]["completion"]]
+            print(f"  {name:<6} {' '.join(written[0].split())}")
 
 
 if __name__ == "__main__":

@@ -42,9 +42,10 @@ def test_a_file_is_split_at_its_end(tmp_path):
 @pytest.mark.parametrize("held_out", ["a short text", " ".join(f"word{i}" for i in range(100))])
 def test_prompts_are_held_out(tmp_path, held_out):
     conversion.write_text(tmp_path, "training", held_out)
-    (row,) = [json.loads(line) for line in (tmp_path / "gaps.jsonl").read_text().splitlines()]
+    (row,) = [json.loads(line) for line in (tmp_path / "filled.jsonl").read_text().splitlines()]
     assert held_out.startswith(row["prompt"]) and row["infill"].startswith("[MASK:12]")
-    assert json.loads((tmp_path / "continue.jsonl").read_text()) == {"prompt": row["prompt"]}
+    assert " ".join([row["prompt"], row["truth"]]).strip() in held_out
+    assert json.loads((tmp_path / "continued.jsonl").read_text())["prompt"] == row["prompt"]
 
 
 def test_the_table_and_the_picture(tmp_path, capsys):
@@ -59,13 +60,16 @@ def test_the_table_and_the_picture(tmp_path, capsys):
         (tmp_path / f"{name}_logs").mkdir()
         (tmp_path / f"{name}_logs" / "train_loss.csv").write_text("step,loss\n1,8.0\n2,7.0\n")
     for name in ("base", *conversion.METHODS):
-        row = {"prompt": "Once", "completion": f"upon\na {name}", "filled": [f"by {name}"]}
-        for kind in ("continued", "filled"):
+        rows = {"continued": {"completion": f"upon\na {name}"}, "filled": {"filled": [f"by {name}"]}}
+        for kind, row in rows.items():
             (tmp_path / f"{kind}_{name}.jsonl").write_text(json.dumps(row))
     bounds = conversion.read_bounds(tmp_path)
     assert bounds == {"mdlm": [(8.6, 0.4), (6.25, 0.5)], "bd3lm": [(8.9, 0.0), (6.0, 0.1)]}
     conversion.draw(tmp_path, bounds)
     assert (tmp_path / "loss.png").stat().st_size > 10_000
-    conversion.show(tmp_path, bounds)
+    conversion.show_bounds(bounds)
+    conversion.write_text(tmp_path, "training", "a short text")
+    conversion.show_samples(tmp_path, "continued", ("base", *conversion.METHODS))
+    conversion.show_samples(tmp_path, "filled", ("base", "mdlm"))
     said = capsys.readouterr().out
     assert "6.25 ± 0.50" in said and "bd3lm  upon a bd3lm" in said and "mdlm   by mdlm" in said
