@@ -51,10 +51,14 @@ def grow_steps(args):
         results.append({"what": name, "value": value, **run})
     print("what    value   s/step (min - max)       memory in MB")
     for row in results:
-        seconds = row["seconds"]
-        spread = f"{statistics.median(seconds):8.3f} ({min(seconds):.3f} - {max(seconds):.3f})"
-        print(f"{row['what']:<7} {row['value']:>5} {spread:<26} {row['mb']:8,.0f}")
+        print(f"{row['what']:<7} {row['value']:>5} {spread(row['seconds'], 3):<26} {row['mb']:8,.0f}")
     return results
+
+
+def spread(seconds, digits):
+    """The median and the range."""
+    low, high = min(seconds), max(seconds)
+    return f"{statistics.median(seconds):8.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
 
 
 def timed(command, folder, until=None):
@@ -102,9 +106,7 @@ def grow_data(args):
             shutil.rmtree(folder / "data")
     print("     rows   pt.py in s   file in MB   s until the first step (min - max)")
     for row in results:
-        starts = row["start_seconds"]
-        spread = f"{statistics.median(starts):8.1f} ({min(starts):.1f} - {max(starts):.1f})"
-        print(f"{row['rows']:>9,} {row['pt_seconds']:12.1f} {row['mb']:12,.1f} {spread}")
+        print(f"{row['rows']:>9,} {row['pt_seconds']:12.1f} {row['mb']:12,.1f} {spread(row['start_seconds'], 1)}")
     return results
 
 
@@ -127,9 +129,7 @@ def grow_text(args):
             results.append({"tokens": tokens, "mb": size, "start_seconds": starts, "memory_gb": max(memory)})
     print("       tokens   file in MB   s until the first step (min - max)   GB of a rank")
     for row in results:
-        starts = row["start_seconds"]
-        spread = f"{statistics.median(starts):8.1f} ({min(starts):.1f} - {max(starts):.1f})"
-        print(f"{row['tokens']:>13,} {row['mb']:12,.1f} {spread:<30} {row['memory_gb']:8.2f}")
+        print(f"{row['tokens']:>13,} {row['mb']:12,.1f} {spread(row['start_seconds'], 1):<30} {row['memory_gb']:8.2f}")
     return results
 
 
