@@ -65,7 +65,8 @@ def timed(command, folder, until=None):
     """Seconds that a command takes, or takes until a file has two lines, and its output. It must succeed."""
     began, end = time.perf_counter(), None
     with open(folder / "output.txt", "w") as output:
-        process = subprocess.Popen(list(map(str, command)), cwd=folder, stdout=output, stderr=subprocess.STDOUT)
+        where = {"cwd": folder, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+        process = subprocess.Popen(list(map(str, command)), **where, stdout=output, stderr=subprocess.STDOUT)
         while process.poll() is None:
             if until and end is None and until.exists() and until.read_text().count("\n") > 1:
                 end = time.perf_counter()
