@@ -45,13 +45,14 @@ TITLES = {
 }
 HEAD = """# Results
 
-Written by `python -m experiments.report` from results.csv. C and K: long additions, 1,600 training problems, one base
-(demo/base), for each seed another fine-tuning. N: the tasks lag and lag3, 25,600 training problems, for each seed also
-another base. Every row is decoded on 300 other problems, in blocks of 4 tokens if nothing else is said. LR: learning
-rate; where several were tried, the one with the best Pass@1 on seed 0, which is not among the seeds of the row. Pass@1:
-the whole answer is right. Token accuracy: the share of its digits that are right, by position. ± is a 95 % interval
-over seeds (Student's t). Difference: of Pass@1, paired by seed, to the row in the column "to". Supervised tokens:
-masked and supervised, in the whole training. Seconds: steps times the median step, on one CPU core.
+Written by `python -m experiments.report` from results.csv and bounds.csv. C, K and B3: long additions, 1,600 training
+problems, one base (demo/base), for each seed another fine-tuning. N and B4: the tasks lag and lag3, 25,600 training
+problems, for each seed also another base. Every row of these is decoded on 300 other problems, in blocks of 4 tokens if
+nothing else is said. B1: text, without a base. LR: learning rate; where several were tried, the one with the best
+Pass@1 on seed 0 (B1: the lowest bound), which is not among the seeds of the row. Pass@1: the whole answer is right.
+Token accuracy: the share of its digits that are right, by position. ± is a 95 % interval over seeds (Student's t).
+Difference: of Pass@1, paired by seed, to the row in the column "to". Supervised tokens: masked and supervised, in the
+whole training. Seconds: steps times the median step, on one CPU core.
 """
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, two-sided, for 2 to 10 seeds
 
@@ -115,9 +116,9 @@ def draw_bounds(bounds: dict[str, list[float]], path: Path) -> None:
             mean, half = interval(values)
             panel.errorbar(size, mean, half, fmt="o", color="C0", capsize=3)
             panel.plot([size] * len(values), values, ".", color="0.6", zorder=0)
-    if values := bounds.get(texts.SETTINGS[0].name):
+    if values := bounds.get(texts.FULL.name):
         mean, half = interval(values)
-        panel.axhline(mean, color="C1", label=texts.SETTINGS[0].name)
+        panel.axhline(mean, color="C1", label=texts.FULL.name)
         panel.axhspan(mean - half, mean + half, color="C1", alpha=0.2, linewidth=0)
         panel.legend()
     panel.set_xscale("log", base=2)

@@ -34,13 +34,14 @@ def name_of(size):
     return f"blocks of {size}"
 
 
-def blocks(size, **lr):
-    """Block diffusion with blocks of this size. lr: the rates to choose from, or whose choice is used."""
+def blocks(size):
+    """Block diffusion with blocks of this size; all sizes have the learning rate that is chosen for blocks of 4."""
+    lr = {"lrs": LRS} if size == 4 else {"lr_of": name_of(4)}
     return Setting(name_of(size), BD3LM, {"BLOCK_SIZE": size}, task=TEXT, **lr)
 
 
-SETTINGS = [Setting("full sequence", FULLSEQ, {"BOUND_WEIGHTS": True}, task=TEXT, lrs=LRS), blocks(4, lrs=LRS)]
-SETTINGS += [blocks(size, lr_of=name_of(4)) for size in SIZES if size != 4]
+FULL = Setting("full sequence", FULLSEQ, {"BOUND_WEIGHTS": True}, task=TEXT, lrs=LRS)
+SETTINGS = [FULL, *(blocks(size) for size in SIZES)]
 
 
 def main():
