@@ -31,7 +31,7 @@ KNOBS=(--MODEL_NAME=$RUN/base --DATA_PT=$RUN/train.pt --MASK_ID=49152 --MAX_LEN=
   --LORA_RANK=0 --LR=3e-4 --BOUND_WEIGHTS=True --MICRO_BSIZE=$((8 / RANKS)) --TOTAL_TRAIN_STEPS="$STEPS"
   --EPOCHS="$STEPS")  # as many passes over the text as the steps can use
 if [ "$STEPS" -lt 20 ]; then SAMPLES=16 DRAWS=1; else SAMPLES=48 DRAWS=3; fi  # of the bounds: fewer in a quick look
-DECODING=(--raw --gen_length 64 --block_length $BLOCK_SIZE --steps 64)
+DECODING=(--raw --gen_length 64 --block_length $BLOCK_SIZE --steps 32 --temperature 0.7 --remasking random)
 
 PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')  # a free one
 LAUNCH="deepspeed --quiet --num_gpus $RANKS --master_port $PORT"
