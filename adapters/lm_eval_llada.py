@@ -52,7 +52,7 @@ class LLaDA(TemplateLM):
 
     @property
     def eot_token_id(self):
-        return self.model.config.eos_token_id
+        return decode.eos_ids(self.model.config)[0]
 
     @property
     def prefix_token_id(self):

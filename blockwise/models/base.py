@@ -5,7 +5,9 @@ that, most decoders of transformers attend in both directions, but some ignore i
 """
 
 import json
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,9 +21,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from blockwise.cli import InputError
-from blockwise.models import hub, llada
+from blockwise.models import hub, llada, llada_moe
 from blockwise.run.files import TENSOR_BYTES
 
+EXPERTS = {"llada_moe", "qwen3_moe"}  # types whose files hold each expert by itself, while the model holds all in one
 MASK_TRAINED = "mask_embedding_trained"  # in config.json, false: a2d.py has added the mask, and nothing was trained
 
 
@@ -33,6 +36,22 @@ def mask_is_trained(config: PreTrainedConfig) -> bool:
 def file_name(config: PreTrainedConfig, tensor: str) -> str:
     """The name that a tensor of the model has in the checkpoint's files."""
     return llada.hub_name(tensor) if config.model_type == "llada" else tensor
+
+
+def file_tensors(config: PreTrainedConfig, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name in the checkpoint's files, what it holds) for a tensor of the model: views of it.
+
+    That is the tensor itself, but for experts, E of them: gate_up_proj (E, 2 I, D) is a gate_proj (I, D) and an up_proj
+    (I, D) of each, down_proj (E, D, I) a down_proj (D, I).
+    """
+    experts = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)", name)
+    if config.model_type not in EXPERTS or not experts:
+        yield file_name(config, name), tensor
+        return
+    parts = ("gate_proj", "up_proj") if experts[2] == "gate_up_proj" else ("down_proj",)
+    for number, expert in enumerate(tensor):
+        for part, weight in zip(parts, expert.chunk(len(parts))):
+            yield f"{experts[1]}.{number}.{part}.weight", weight
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -62,6 +81,8 @@ def load_config(folder: str | Path) -> PreTrainedConfig:
             "it with a2d.py first."
         )
     check_supported(config, folder)
+    if config.model_type == "llada_moe" and config.mask_token_id is None:
+        config.mask_token_id = hub.load_tokenizer(folder).get_vocab().get(llada_moe.MASK)
     return config
 
 
@@ -103,8 +124,8 @@ def check_supported(config: PreTrainedConfig, folder: str | Path) -> None:
         problem = f"has layers of the kind {', '.join(sorted(layers))}; only full attention can see both directions"
     elif getattr(config, "sliding_window", None):
         problem = f"has attention with a sliding window of {config.sliding_window} tokens, which cannot see both ends"
-    elif config.model_type != "llada" and get_checkpoint_conversion_mapping(config.model_type):
-        problem = "keeps its weights under other names than its model, as mixtures of experts do"
+    elif config.model_type not in {"llada", *EXPERTS} and get_checkpoint_conversion_mapping(config.model_type):
+        problem = "keeps its weights under other names than its model, as many mixtures of experts do"
     if problem:
         raise InputError(f"{folder}: this {config.model_type} model {problem}; it cannot be a base.")
 
@@ -121,7 +142,9 @@ def check_tensors(folder: str | Path, config: PreTrainedConfig) -> None:
                 found |= {name: (tensors.get_slice(name), file.name) for name in tensors.offset_keys()}
         except SafetensorError as error:
             raise InputError(f"{file} is damaged ({error}); fetch the model again.") from error
-    needed = {file_name(config, name): list(tensor.shape) for name, tensor in meta_model(config).named_parameters()}
+    live = meta_model(config).named_parameters()
+    parts = [part for name, tensor in live for part in file_tensors(config, name, tensor)]
+    needed = {name: list(tensor.shape) for name, tensor in parts}
     for name, shape in needed.items():
         if name not in found:
             raise InputError(f"{folder}: tensor {name} is missing from its safetensors files.")
