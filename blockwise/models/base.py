@@ -61,13 +61,18 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def linear_names(config: PreTrainedConfig) -> list[str]:
-    """The last parts of the names of the linear layers, which can have adapters: all but the language-model head."""
+    """The last parts of the names of the linear layers, which can have adapters: all but the language-model head.
+
+    Where layers have experts, only those of the attention: for an MLP, PEFT would also adapt the experts, all in one.
+    """
     model = meta_model(config)
     head = model.get_output_embeddings()
     linears = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+        if isinstance(module, (torch.nn.Linear, Conv1D))
+        and module is not head
+        and not (config.model_type in EXPERTS and ".mlp." in name)
     }
     return sorted(linears)
 

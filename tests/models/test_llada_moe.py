@@ -1,6 +1,7 @@
 """llada_moe.py: the hub's LLaDA-MoE files as a bidirectional Qwen3-MoE, against a literal forward pass; refusals."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_llada import attention, rms_norm, rotate
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from blockwise import engine
 from blockwise.cli import InputError
 from blockwise.decoding import decode
 from blockwise.models import base as models
@@ -218,3 +220,11 @@ def test_the_real_one_has_7_billion_parameters():
     assert shapes["model.layers.15.mlp.experts.63.gate_proj.weight"] == (1024, 2048)
     assert shapes["model.layers.15.mlp.experts.63.down_proj.weight"] == (2048, 1024)
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == pytest.approx(7.36e9, rel=0.01)
+
+
+def test_adapters_go_on_the_attention_only(folder):
+    """Else PEFT would adapt the experts of Qwen3-MoE, all in one tensor, which is not how the files have them."""
+    knobs = {"LORA_RANK": 4, "MASK_ID": 400, "MAX_LEN": 64, "TARGET_MODS": ["q_proj", "o_proj", "gate_proj"]}
+    with pytest.raises(InputError, match="'gate_proj' matches no layer .* choose from k_proj, o_proj, q_proj, v_proj"):
+        engine.check_model(folder, SimpleNamespace(**knobs))
+    assert engine.check_model(folder, SimpleNamespace(**knobs | {"TARGET_MODS": ["q_proj"]})).mask_token_id == 400
