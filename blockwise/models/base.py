@@ -1,7 +1,8 @@
 """Any decoder of transformers as a mask predictor: its config, the names of its tensors, loading it with all checks.
 
-LLaDA is one (llada.py); other decoders are converted by a2d.py, which writes `is_causal: false` into their config. With
-that, most decoders of transformers attend in both directions, but some ignore it: `check_both_directions` finds out.
+LLaDA is one (llada.py, llada_moe.py); other decoders are converted by a2d.py, which writes `is_causal: false` into
+their config. With that, most decoders of transformers attend in both directions, but some ignore it:
+`check_both_directions` finds out.
 """
 
 import json

@@ -63,6 +63,8 @@ class LLaDAMoEConfig(Qwen3MoeConfig):
             if type(config_dict.get(key)) is not int or config_dict[key] < 1:
                 what = repr(config_dict[key]) if key in config_dict else "missing"
                 raise InputError(f"config.json: {key} is {what}; in a LLaDA-MoE config it is a positive integer.")
+        if not config_dict.get("rope_theta"):
+            raise InputError("config.json: rope_theta is missing; a LLaDA-MoE config has it.")
         renamed = {key: value for key, value in config_dict.items() if key != "model_type"}
         layers, heads = config_dict["num_hidden_layers"], config_dict["num_attention_heads"]
         has_experts = renamed.pop("moe_layer_freq", None) or [1] * layers

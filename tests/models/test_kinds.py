@@ -36,7 +36,7 @@ def make_base(kind, folder, tokenizer):
     else:
         model = AutoModelForCausalLM.from_config(KINDS[kind](448))
     for weight in model.parameters():
-        if weight.dim() == 1:  # norms of ones would hide a swap of two
+        if weight.dim() == 1:  # with norms of ones, a swap of two would not show
             torch.nn.init.uniform_(weight, 0.5, 1.5)
     model.save_pretrained(folder / "base", max_shard_size="100KB")
     tokenizer.save_pretrained(folder / "base")

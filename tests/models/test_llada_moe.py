@@ -181,7 +181,7 @@ def test_saved_by_transformers_it_is_the_same_model(folder, tmp_path):
         ("partial_rotary_factor", 0.5), ("qk_layernorm", False), ("qk_layernorm", None), ("attention_bias", True),
         ("rope_scaling", {"type": "linear", "factor": 2.0}), ("hidden_act", "gelu"), ("is_causal", True),
         ("num_experts", "six"), ("hidden_size", 0), ("num_experts_per_tok", None), ("moe_layer_freq", [1, 1]),
-        ("moe_layer_freq", 1),
+        ("moe_layer_freq", 1), ("rope_theta", None),
     ],
 )  # fmt: skip
 def test_what_a_qwen3_moe_cannot_be_is_refused(folder, tmp_path, key, value):
