@@ -1,7 +1,7 @@
-"""The machinery behind the scripts. Importing it registers LLaDA with transformers: its Auto classes load checkpoints.
+"""The machinery behind the scripts. Importing it registers LLaDA and LLaDA-MoE with transformers' Auto classes.
 
 torch and transformers take seconds to import, and a mistyped flag is reported without waiting for them. So, if
-transformers is not imported yet, LLaDA is registered as soon as it is.
+transformers is not imported yet, they are registered as soon as it is.
 """
 
 import sys
@@ -10,7 +10,7 @@ from importlib.abc import MetaPathFinder
 
 
 class RegisterAfterImport(MetaPathFinder):
-    """Imports blockwise.models.llada, which registers the model type, right after transformers."""
+    """Imports blockwise.models.llada, which registers the model types, right after transformers."""
 
     def find_spec(self, name, path, target=None):
         if name != "transformers":

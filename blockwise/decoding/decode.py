@@ -20,6 +20,8 @@ from blockwise.decoding.settings import Settings
 from blockwise.models import base as models
 from blockwise.models import hub
 
+END_OF_TURN = ("<|eot_id|>", "<|role_end|>")  # of LLaDA and of LLaDA-MoE
+
 
 def load(name: str, dtype: str, device: torch.device, adapter: str | None = None):
     """Model, in evaluation mode, and tokenizer of a folder or hub id. Raises InputError.
@@ -41,7 +43,7 @@ def load(name: str, dtype: str, device: torch.device, adapter: str | None = None
 
 def end_ids(model, tokenizer) -> list[int]:
     """The ids that end an answer: end of text, and end of turn if the tokenizer knows LLaDA's or LLaDA-MoE's."""
-    turns = {tokenizer.get_vocab().get(token) for token in ("<|eot_id|>", "<|role_end|>")}
+    turns = {tokenizer.get_vocab().get(token) for token in END_OF_TURN}
     return sorted({*eos_ids(model.config), tokenizer.eos_token_id, *turns} - {None})
 
 

@@ -1,10 +1,12 @@
 """Any decoder of transformers as a mask predictor: its config, the names of its tensors, loading it with all checks.
 
-LLaDA is one (llada.py); other decoders are converted by a2d.py, which writes `is_causal: false` into their config. With
-that, most decoders of transformers attend in both directions, but some ignore it: `check_both_directions` finds out.
+LLaDA is one (llada.py, llada_moe.py); other decoders are converted by a2d.py, which writes `is_causal: false` into
+their config. With that, most decoders of transformers attend in both directions, but some ignore it:
+`check_both_directions` finds out.
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,6 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -24,7 +25,7 @@ from blockwise.cli import InputError
 from blockwise.models import hub, llada, llada_moe
 from blockwise.run.files import TENSOR_BYTES
 
-WITH_EXPERTS = ("qwen3_moe",)  # types whose experts lie in the files one by one, and in the model in one tensor
+EXPERTS = {"llada_moe", "qwen3_moe"}  # types whose files hold each expert by itself, while the model holds all in one
 MASK_TRAINED = "mask_embedding_trained"  # in config.json, false: a2d.py has added the mask, and nothing was trained
 
 
@@ -38,19 +39,20 @@ def file_name(config: PreTrainedConfig, tensor: str) -> str:
     return llada.hub_name(tensor) if config.model_type == "llada" else tensor
 
 
-def in_files(config: PreTrainedConfig, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """What a tensor of the model is in the checkpoint's files: (name, tensor or a view of it), once or more.
+def file_tensors(config: PreTrainedConfig, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name in the checkpoint's files, what it holds) for a tensor of the model: views of it.
 
-    transformers keeps the experts of a layer in one tensor, gate_up_proj (E, 2 I, D) or down_proj (E, D, I); in the
-    files, every expert has tensors of its own.
+    That is the tensor itself, but for experts, E of them: gate_up_proj (E, 2 I, D) is a gate_proj (I, D) and an up_proj
+    (I, D) of each, down_proj (E, D, I) a down_proj (D, I).
     """
-    layer, experts, kind = name.partition(".mlp.experts.")
-    if config.model_type not in WITH_EXPERTS or not experts:
+    experts = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)", name)
+    if config.model_type not in EXPERTS or not experts:
         yield file_name(config, name), tensor
         return
+    parts = ("gate_proj", "up_proj") if experts[2] == "gate_up_proj" else ("down_proj",)
     for number, expert in enumerate(tensor):
-        parts = dict(zip(("gate_proj", "up_proj"), expert.chunk(2))) if kind == "gate_up_proj" else {kind: expert}
-        yield from ((f"{layer}{experts}{number}.{part}.weight", weight) for part, weight in parts.items())
+        for part, weight in zip(parts, expert.chunk(len(parts))):
+            yield f"{experts[1]}.{number}.{part}.weight", weight
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -60,13 +62,18 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def linear_names(config: PreTrainedConfig) -> list[str]:
-    """The last parts of the names of the linear layers, which can have adapters: all but the language-model head."""
+    """The last parts of the names of the linear layers, which can have adapters: all but the language-model head.
+
+    Where layers have experts, only those of the attention: for an MLP, PEFT would also adapt the experts, all in one.
+    """
     model = meta_model(config)
     head = model.get_output_embeddings()
     linears = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+        if isinstance(module, (torch.nn.Linear, Conv1D))
+        and module is not head
+        and not (config.model_type in EXPERTS and ".mlp." in name)
     }
     return sorted(linears)
 
@@ -80,13 +87,14 @@ def load_config(folder: str | Path) -> PreTrainedConfig:
             "it with a2d.py first."
         )
     check_supported(config, folder)
+    if config.model_type == "llada_moe" and config.mask_token_id is None:
+        config.mask_token_id = hub.load_tokenizer(folder).get_vocab().get(llada_moe.MASK)
     return config
 
 
 def read_config(folder: str | Path) -> PreTrainedConfig:
     """The config of any checkpoint folder, without remote code. Raises InputError.
 
-    LLaDA-MoE is read as a Qwen3-MoE that attends in both directions (llada_moe.py).
     dLLM's types a2d-llama, a2d-qwen2 and a2d-qwen3 are those of transformers, read in both directions.
     """
     path = Path(folder) / "config.json"
@@ -97,19 +105,16 @@ def read_config(folder: str | Path) -> PreTrainedConfig:
         raise InputError(f"{path} does not exist; a model has one.") from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise InputError(f"{path} is not a JSON object with a model_type.") from None
-    moe = llada_moe.is_llada_moe(content)
-    if not moe and model_type not in CONFIG_MAPPING:
+    if model_type not in CONFIG_MAPPING:
         raise InputError(f"{path}: model_type {model_type!r} is not one that this version of transformers knows.")
     try:
         if model_type != content["model_type"]:
             content = {key: value for key, value in content.items() if key not in ("model_type", "auto_map")}
             return AutoConfig.for_model(model_type, **content | {"is_causal": False})
-        if moe:
-            return llada_moe.read_config(folder, content)
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
-    except (StrictDataclassError, ValueError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise InputError(f"{path} has a value that no {model_type} model has: {hub.reason(error)}") from error
 
 
@@ -125,8 +130,8 @@ def check_supported(config: PreTrainedConfig, folder: str | Path) -> None:
         problem = f"has layers of the kind {', '.join(sorted(layers))}; only full attention can see both directions"
     elif getattr(config, "sliding_window", None):
         problem = f"has attention with a sliding window of {config.sliding_window} tokens, which cannot see both ends"
-    elif config.model_type not in ("llada", *WITH_EXPERTS) and get_checkpoint_conversion_mapping(config.model_type):
-        problem = "keeps its weights under other names than its model, as most mixtures of experts do"
+    elif config.model_type not in {"llada", *EXPERTS} and get_checkpoint_conversion_mapping(config.model_type):
+        problem = "keeps its weights under other names than its model, as many mixtures of experts do"
     if problem:
         raise InputError(f"{folder}: this {config.model_type} model {problem}; it cannot be a base.")
 
@@ -144,7 +149,8 @@ def check_tensors(folder: str | Path, config: PreTrainedConfig) -> None:
         except SafetensorError as error:
             raise InputError(f"{file} is damaged ({error}); fetch the model again.") from error
     live = meta_model(config).named_parameters()
-    needed = {name: list(part.shape) for whole, tensor in live for name, part in in_files(config, whole, tensor)}
+    parts = [part for name, tensor in live for part in file_tensors(config, name, tensor)]
+    needed = {name: list(tensor.shape) for name, tensor in parts}
     for name, shape in needed.items():
         if name not in found:
             raise InputError(f"{folder}: tensor {name} is missing from its safetensors files.")

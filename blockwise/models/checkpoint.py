@@ -56,8 +56,8 @@ def without_adapters(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
 def updates(model: PeftModel | PreTrainedModel) -> dict[str, Update]:
     """{name in the checkpoint's files: what training gives} for every trained weight."""
     if not isinstance(model, PeftModel):
-        live = ((name, weight.detach()) for name, weight in model.named_parameters())
-        return dict(part for name, weight in live for part in models.in_files(model.config, name, weight))
+        live = model.named_parameters()
+        return dict(part for name, weight in live for part in models.file_tensors(model.config, name, weight.detach()))
     factors = {}
     for name, layer in lora_layers(model):
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight

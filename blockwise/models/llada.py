@@ -13,6 +13,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 
 from blockwise.cli import InputError
+from blockwise.models.llada_moe import LLaDAMoEConfig, is_llada_moe
 
 if int(transformers.__version__.split(".")[0]) < 5:
     raise ImportError("blockwise needs transformers >= 5: earlier versions ignore is_causal and would stay causal")
@@ -63,6 +64,8 @@ class LLaDAConfig(LlamaConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
+        if is_llada_moe(config_dict):  # the hub's files of both say model_type llada
+            return LLaDAMoEConfig.from_dict(config_dict, **kwargs)
         for key, value in SUPPORTED_VALUES.items():
             if config_dict.get(key, value) != value:
                 raise InputError(f"config.json: {key}={config_dict[key]!r} is not supported, only {value!r} is.")

@@ -1,52 +1,98 @@
-"""LLaDA-MoE as a bidirectional Qwen3-MoE of transformers: the same tensors, of which only the config has other names.
+"""LLaDA-MoE as a bidirectional Qwen3-MoE of transformers 5: no remote code, the hub's own file format.
 
-From the hub's code (inclusionAI/LLaDA-MoE-7B-A1B-Base: configuration_lladamoe.py, modeling_lladamoe.py): a decoder with
-RMSNorm of queries and keys per head, and experts, the top few of which are added with their probabilities as they are.
-Its config says model_type `llada`, like LLaDA's, or `lladamoe`; it is told by its experts.
+LLaDA-MoE (inclusionAI/LLaDA-MoE-7B-A1B-Instruct) is a decoder without the causal mask, with a norm of each head's
+queries and keys and with experts in most layers, whose weights are not made to sum to 1. The hub's files use
+Qwen3-MoE's names for tensors, but other names for some config keys. Their config.json may say model_type `llada`, as
+LLaDA's does: llada.py tells the two apart.
 """
 
-import json
-from pathlib import Path
-
-from transformers import Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from blockwise.cli import InputError
 
-MASK = "<|mask|>"  # its config does not name the mask
-NAMES = {"dense_intermediate_size": "intermediate_size", "expert_intermediate_size": "moe_intermediate_size"}
-# what the hub's code could do besides, and a Qwen3-MoE cannot; the router's weights are never normalized there
+MASK = "<|mask|>"  # in the tokenizer: the hub's config.json has no mask_token_id
+# key in the hub's config.json -> Qwen3-MoE's name for it
+CONFIG_KEYS = {
+    "num_experts": "num_local_experts",
+    "expert_intermediate_size": "moe_intermediate_size",
+    "dense_intermediate_size": "intermediate_size",
+}
+SIZES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts", "num_experts_per_tok",
+    "expert_intermediate_size", "vocab_size",
+)  # fmt: skip
+# what the hub's code could do besides, and a Qwen3-MoE cannot; None is a key that is missing or null
 SUPPORTED_VALUES = {
-    "qk_layernorm": (True,), "shared_expert_intermediate_size": (None, 0), "partial_rotary_factor": (None, 1, 1.0),
-    "moe_router_enable_expert_bias": (None, False), "moe_router_score_function": (None, "softmax"),
-    "clip_qkv": (None,), "rope_scaling": (None,), "hidden_act": ("silu",),
-}  # fmt: skip
+    "qk_layernorm": [True],
+    "shared_expert_intermediate_size": [None, 0],
+    "moe_router_enable_expert_bias": [None, False],
+    "partial_rotary_factor": [1, None],
+    "clip_qkv": [None],
+    "rope_scaling": [None],
+    "hidden_act": ["silu", None],
+    "attention_bias": [False, None],
+    "is_causal": [False, None],
+}
 
 
-def is_llada_moe(content: dict) -> bool:
-    """Whether what a config.json holds is that of a LLaDA-MoE."""
-    return content.get("model_type") in ("llada", "lladamoe", "llada_moe") and "num_experts" in content
+def is_llada_moe(config: dict) -> bool:
+    """Whether a config.json of the model type `llada` is that of a LLaDA-MoE."""
+    return bool(config.get("num_experts")) or "LLaDAMoEModelLM" in (config.get("architectures") or [])
 
 
-def read_config(folder: str | Path, content: dict) -> Qwen3MoeConfig:
-    """The config of a LLaDA-MoE in a folder, with what its config.json holds. Raises InputError."""
-    for key, values in SUPPORTED_VALUES.items():
-        if content.get(key, values[0]) not in values:
-            raise InputError(f"config.json: {key}={content[key]!r} is not supported, only {values[0]!r} is.")
-    names = {NAMES.get(key, key): value for key, value in content.items() if key not in ("model_type", "auto_map")}
-    if names.get("mask_token_id") is None:
-        names["mask_token_id"] = mask_of_tokenizer(Path(folder) / "tokenizer.json")
-    layers = range(content["num_hidden_layers"])
-    sparse = content.get("moe_layer_freq") or [1] * len(layers)
-    head_dim = content["hidden_size"] // content["num_attention_heads"]
-    fixed = {"norm_topk_prob": False, "is_causal": False, "use_cache": False, "decoder_sparse_step": 1}
-    dense = [layer for layer in layers if not sparse[layer]]
-    return Qwen3MoeConfig(**names | fixed | {"mlp_only_layers": dense, "head_dim": names.get("head_dim", head_dim)})
+class LLaDAMoEConfig(Qwen3MoeConfig):
+    """Qwen3MoeConfig that reads and writes the hub's LLaDA-MoE keys; its models attend in both directions."""
+
+    model_type = "llada_moe"
+    mask_token_id: int | None = None
+    rms_norm_eps: float = 1e-5
+    is_causal: bool = False
+    use_cache: bool = False
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        for key, supported in SUPPORTED_VALUES.items():
+            value = config_dict.get(key)
+            if value not in supported:
+                raise InputError(
+                    f"config.json: {key}={value!r} is not supported in a LLaDA-MoE, only {supported[0]!r}."
+                )
+        for key in SIZES:
+            if type(config_dict.get(key)) is not int or config_dict[key] < 1:
+                what = repr(config_dict[key]) if key in config_dict else "missing"
+                raise InputError(f"config.json: {key} is {what}; in a LLaDA-MoE config it is a positive integer.")
+        if not config_dict.get("rope_theta"):
+            raise InputError("config.json: rope_theta is missing; a LLaDA-MoE config has it.")
+        renamed = {key: value for key, value in config_dict.items() if key != "model_type"}
+        layers, heads = config_dict["num_hidden_layers"], config_dict["num_attention_heads"]
+        has_experts = renamed.pop("moe_layer_freq", None) or [1] * layers
+        if not isinstance(has_experts, list) or len(has_experts) != layers:
+            raise InputError(f"config.json: moe_layer_freq is {has_experts!r}; it is a 0 or 1 for each layer.")
+        for key, theirs in CONFIG_KEYS.items():
+            if renamed.get(key) is not None:
+                renamed[theirs] = renamed.pop(key)
+        renamed["num_key_value_heads"] = renamed.get("num_key_value_heads") or heads
+        renamed["mlp_only_layers"] = [layer for layer, experts in enumerate(has_experts) if not experts]
+        return super().from_dict(renamed | {"norm_topk_prob": False}, **kwargs)  # the hub's code ignores that key
+
+    def to_dict(self):
+        config = super().to_dict()
+        dense = config.pop("mlp_only_layers")
+        config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+        config["moe_layer_freq"] = [int(layer not in dense) for layer in range(self.num_hidden_layers)]
+        fixed = {"qk_layernorm": True, "partial_rotary_factor": 1}
+        return config | fixed | {key: config.pop(theirs) for key, theirs in CONFIG_KEYS.items()}
 
 
-def mask_of_tokenizer(path: Path) -> int:
-    """The id of the mask token in a tokenizer.json. Raises InputError."""
-    try:
-        tokens = json.loads(path.read_text(encoding="utf-8"))["added_tokens"]
-        return next(token["id"] for token in tokens if token["content"] == MASK)
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
-        raise InputError(f"{path} names no token {MASK}; write its number as mask_token_id into config.json.") from None
+class LLaDAMoEForCausalLM(Qwen3MoeForCausalLM):
+    """Mask predictor: position i of the logits predicts token i (no shift)."""
+
+    config_class = LLaDAMoEConfig
+
+
+AutoConfig.register("llada_moe", LLaDAMoEConfig)
+CONFIG_MAPPING.register("lladamoe", LLaDAMoEConfig)  # another name for the same, which AutoConfig would not take
+AutoModelForCausalLM.register(LLaDAMoEConfig, LLaDAMoEForCausalLM)
+register_checkpoint_conversion_mapping("llada_moe", get_checkpoint_conversion_mapping("qwen3_moe"))

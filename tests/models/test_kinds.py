@@ -1,218 +1,140 @@
-"""LLaDA-MoE against a literal forward pass; it, LLaDA with a tied head, and Qwen3-MoE through training and decoding.
-
-Other decoders: tests/test_a2d.py.
-"""
+"""All kinds of bases through the trainer: adapters or all weights trained, checkpoint, loading, decoding."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from test_a2d import KINDS, convert
+from test_llada import TINY
+from test_llada_moe import write as write_llada_moe
+from transformers import AutoModelForCausalLM
 
-import pt
-from blockwise.cli import InputError
 from blockwise.decoding import decode
 from blockwise.decoding.settings import Settings
 from blockwise.models import base as models
 from blockwise.models import hub, llada
 
-VOCAB, D, HEADS, KV, HEAD, EXPERTS, TOP, INNER = 448, 32, 4, 2, 8, 6, 2, 16
-MOE = {  # a config.json with the hub's names; layer 0 is dense
-    "architectures": ["LLaDAMoEModelLM"], "model_type": "llada", "vocab_size": VOCAB, "hidden_size": D,
-    "dense_intermediate_size": 48, "expert_intermediate_size": INNER, "shared_expert_intermediate_size": None,
-    "num_hidden_layers": 3, "num_attention_heads": HEADS, "num_key_value_heads": KV, "hidden_act": "silu",
-    "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 50000.0, "rope_scaling": None,
-    "num_experts": EXPERTS, "num_experts_per_tok": TOP, "norm_topk_prob": None, "qk_layernorm": True,
-    "moe_layer_freq": [0, 1, 1], "partial_rotary_factor": 1, "clip_qkv": None, "tie_word_embeddings": False,
-    "moe_router_enable_expert_bias": False, "pad_token_id": 1, "eos_token_id": 1,
-}  # fmt: skip
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+LLADA = TINY | {"vocab_size": 448, "embedding_size": 448, "max_sequence_length": 256, "initializer_range": 0.2}
+LLADAS = {
+    "LLaDA-1.5": {"eos_token_id": [1, 9]},  # LLaDA-8B's config, but for the list
+    "iLLaDA": {"n_kv_heads": 1, "weight_tying": True, "mask_token_id": 5, "mlp_hidden_size": 224},
+}
+ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
+LINEARS = {"gpt2": ["c_attn", "c_fc", "c_proj"], "qwen3_moe": ATTENTION, "LLaDA-MoE": ATTENTION}
+LLAMAS = sorted([*ATTENTION, "gate_proj", "up_proj", "down_proj"])
 
 
-def save(folder, config, tokenizer):
+def make_base(kind, folder, tokenizer):
+    """A base of random weights in fp32, in several shards, that the trainers take. Returns its folder."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="60KB")
-    tokenizer.save_pretrained(folder)
-    return folder
+    if kind == "LLaDA-MoE":
+        return write_llada_moe(folder / "base", tokenizer, eos_token_id=[1, 9])
+    if kind in LLADAS:
+        model = llada.LLaDAForCausalLM(llada.LLaDAConfig.from_dict(LLADA | LLADAS[kind]))
+    else:
+        model = AutoModelForCausalLM.from_config(KINDS[kind](448))
+    for weight in model.parameters():
+        if weight.dim() == 1:  # with norms of ones, a swap of two would not show
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    model.save_pretrained(folder / "base", max_shard_size="100KB")
+    tokenizer.save_pretrained(folder / "base")
+    if kind in LLADAS:
+        return folder / "base"
+    with pytest.MonkeyPatch.context() as patch:
+        return convert(patch, folder / "base", folder / "converted")
 
 
-def llada_moe(folder, tokenizer):
-    """Random weights; transformers writes Qwen3-MoE's files with the names that the hub's LLaDA-MoE has."""
-    from tokenizers import AddedToken
+@pytest.fixture(scope="module", params=[*KINDS, *LLADAS, "LLaDA-MoE"])
+def kind(request, tmp_path_factory, tokenizer, pt_file):
+    """A kind of base: its name, folder, config, and samples without its mask token."""
+    folder = tmp_path_factory.mktemp("kind")
+    base = make_base(request.param, folder, tokenizer)
+    config, rows = models.load_config(base), torch.load(pt_file)
+    for row in rows:
+        ids = torch.as_tensor(row["full_ids"])
+        row["full_ids"] = ids.masked_fill(ids == config.mask_token_id, 4)  # iLLaDA's is a token of other tokenizers
+    torch.save(rows, folder / "train.pt")
+    return SimpleNamespace(name=request.param, base=base, config=config, data=folder / "train.pt")
 
-    sizes = {"vocab_size": VOCAB, "hidden_size": D, "intermediate_size": 48, "moe_intermediate_size": INNER}
-    config = Qwen3MoeConfig(
-        **sizes, num_hidden_layers=3, num_attention_heads=HEADS, num_key_value_heads=KV, head_dim=HEAD,
-        num_experts=EXPERTS, num_experts_per_tok=TOP, mlp_only_layers=[0], initializer_range=0.2,
-        tie_word_embeddings=False,
+
+@pytest.fixture(scope="module", params=[4, 0], ids=["adapters", "all weights"])
+def trained(request, kind, forked, tmp_path_factory):
+    """That kind after two steps: also rank, checkpoint, output, and ids with the logits of the live model."""
+    folder = tmp_path_factory.mktemp("run")
+    done = forked(
+        folder / "run", script="tests/models/keep_logits.py", MODEL_NAME=kind.base, DATA_PT=kind.data,
+        MASK_ID=kind.config.mask_token_id, TARGET_MODS=models.linear_names(kind.config), LORA_RANK=request.param,
+        TOTAL_TRAIN_STEPS=2, GRAD_ACC=1, SAVE_DTYPE="float32", CKPT_DIR="out/run", SAVE_EVERY=0, RESUME_EVERY=0,
     )  # fmt: skip
-    tokenizer.add_tokens([AddedToken("<|mask|>", special=True)])  # 400, instead of LLaDA-MoE's 156895
-    save(folder, config, tokenizer)
-    (folder / "generation_config.json").unlink()
-    (folder / "config.json").write_text(json.dumps(MOE))
-    return folder
+    assert not any(done.codes), done.output
+    ids, live = torch.load(folder / "run/logits.pt")
+    checkpoint = folder / "run/out/run_step0002"
+    return SimpleNamespace(
+        **vars(kind), rank=request.param, checkpoint=checkpoint, output=done.output, ids=ids, live=live
+    )
 
 
-def illada(folder, tokenizer):
-    """As iLLaDA: fewer heads for keys and values, a tied head, mask 5."""
-    config = llada.LLaDAConfig(
-        vocab_size=VOCAB, hidden_size=D, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True, mask_token_id=5, pad_token_id=1,
-        eos_token_id=[1, 7], initializer_range=0.2,
-    )  # fmt: skip
-    return save(folder, config, tokenizer)
-
-
-def qwen3_moe(folder, tokenizer):
-    """As a2d.py writes it; its router normalizes the weights of the experts."""
-    llada_moe(folder, tokenizer)
-    config = models.load_config(folder)
-    config.norm_topk_prob = True
-    config.save_pretrained(folder)
-    return folder
-
-
-KINDS = {"llada_moe": (llada_moe, 400), "illada": (illada, 5), "qwen3_moe": (qwen3_moe, 400)}
-
-
-@pytest.fixture
-def make(tmp_path, base):
-    return lambda kind: KINDS[kind][0](tmp_path / "base", hub.load_tokenizer(base))
-
-
-def norm(x, weight):
-    return x / (x.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * weight
-
-
-def rotated(x):
-    """(T, heads, HEAD) with rotary position embeddings: the halves of a head are the two coordinates."""
-    angle = torch.arange(len(x))[:, None] / 50000.0 ** (torch.arange(0, HEAD, 2) / HEAD)  # (T, HEAD / 2)
-    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def literal(weights, ids):
-    """LLaDA-MoE for one text, position by position and expert by expert, from the tensors of its files. (T,) ids"""
-
-    def swiglu(x, name):
-        gate, up, down = (weights[f"{name}.{part}_proj.weight"] for part in ("gate", "up", "down"))
-        return down @ (F.silu(gate @ x) * (up @ x))
-
-    x = weights["model.embed_tokens.weight"][ids]
-    for layer in range(3):
-        name = f"model.layers.{layer}"
-        h = norm(x, weights[f"{name}.input_layernorm.weight"])
-        q, k, v = (
-            (h @ weights[f"{name}.self_attn.{part}_proj.weight"].T).view(len(ids), -1, HEAD) for part in ("q", "k", "v")
-        )
-        q = rotated(norm(q, weights[f"{name}.self_attn.q_norm.weight"]))
-        k = rotated(norm(k, weights[f"{name}.self_attn.k_norm.weight"]))
-        heads = []
-        for head in range(HEADS):
-            group = head // (HEADS // KV)
-            scores = q[:, head] @ k[:, group].T / HEAD**0.5  # no causal mask
-            heads.append(scores.softmax(dim=-1) @ v[:, group])
-        x = x + torch.cat(heads, dim=-1) @ weights[f"{name}.self_attn.o_proj.weight"].T
-        h = norm(x, weights[f"{name}.post_attention_layernorm.weight"])
-        for t in range(len(ids)):
-            if MOE["moe_layer_freq"][layer] == 0:
-                x[t] = x[t] + swiglu(h[t], f"{name}.mlp")
-                continue
-            chances = (weights[f"{name}.mlp.gate.weight"] @ h[t]).softmax(dim=0)
-            for expert in chances.argsort(descending=True)[:TOP].tolist():
-                x[t] = x[t] + chances[expert] * swiglu(h[t], f"{name}.mlp.experts.{expert}")
-    return norm(x, weights["model.norm.weight"]) @ weights["lm_head.weight"].T
-
-
-def weights_of(folder):
+def weights(folder):
     return {name: tensor for file in hub.weight_files(folder) for name, tensor in load_file(file).items()}
 
 
-def test_llada_moe_is_its_literal_forward_pass(make):
-    folder = make("llada_moe")
-    model, weights = models.load_model(folder, torch.float32), weights_of(folder)
-    assert model.config.mask_token_id == 400 and f"model.layers.2.mlp.experts.{EXPERTS - 1}.up_proj.weight" in weights
-    ids = torch.randint(8, 400, (11,), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids[None]).logits[0], literal(weights, ids), rtol=1e-4, atol=2e-5)
+def test_layers_that_can_have_adapters(kind):
+    assert models.linear_names(kind.config) == LINEARS.get(kind.name, LLAMAS)
 
 
-@pytest.mark.parametrize("rank", [4, 0])
-@pytest.mark.parametrize("kind", KINDS)
-def test_it_trains_merges_loads_and_decodes(make, forked, tmp_path, kind, rank):
-    folder, mask = make(kind), KINDS[kind][1]
-    knobs = {"MODEL_NAME": folder, "MASK_ID": mask, "TARGET_MODS": LINEARS, "LORA_RANK": rank, "LORA_DROPOUT": 0.0}
-    knobs |= {
-        "SAVE_DTYPE": "float32",
-        "SAVE_EVERY": 0,
-        "RESUME_EVERY": 0,
-        "TOTAL_TRAIN_STEPS": 2,
-        "CKPT_DIR": "out/run",
-    }
-    samples = torch.randint(8, 400, (40, 64), generator=torch.Generator().manual_seed(0))  # no masks of these models
-    pt.save([(5, row.numpy()) for row in samples], tmp_path / "samples.pt")
-    done = forked(tmp_path / "run", DATA_PT=tmp_path / "samples.pt", **knobs)
-    assert not any(done.codes), done.output
-    merged, device = tmp_path / "run/out/run_step0002", torch.device("cpu")
-    old, new = weights_of(folder), weights_of(merged)
-    assert (
-        old.keys() == new.keys()
-        and json.loads((merged / "config.json").read_text()).keys()
-        >= json.loads((folder / "config.json").read_text()).keys()
-    )
-    changed = {name for name in old if not torch.equal(old[name], new[name])}
-    model, _ = decode.load(str(merged), "float32", device)
-    ids = torch.randint(8, 400, (2, 24), generator=torch.Generator().manual_seed(0))
-    if rank:
-        assert changed == {name for name in old if any(f"{part}." in name for part in (*LINEARS, "attn_out"))}
-        adapted, _ = decode.load(str(folder), "float32", device, str(merged / "adapter"))
-        with torch.no_grad():
-            torch.testing.assert_close(model(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+@torch.no_grad()
+def test_the_checkpoint_computes_what_the_live_model_computed(trained):
+    """To the bit where all weights were trained; merged adapters are another sum. Far from what the base computes."""
+    loaded, tolerance = models.load_model(trained.checkpoint)(trained.ids).logits, 1e-4 if trained.rank else 0
+    torch.testing.assert_close(loaded, trained.live, rtol=tolerance, atol=tolerance)
+    assert (loaded - models.load_model(trained.base)(trained.ids).logits).abs().max() > 0.02
+    if trained.rank:
+        adapter = str(trained.checkpoint / "adapter")
+        adapted, _ = decode.load(str(trained.base), "float32", torch.device("cpu"), adapter)
+        assert torch.equal(adapted(trained.ids).logits, trained.live)
+
+
+def test_the_checkpoint_has_the_files_of_its_base(trained):
+    """The same tensors in the same places; config.json, too, but for what it says of an untrained mask."""
+    said = {models.MASK_TRAINED: None}
+    for file in trained.base.iterdir():
+        old, new = file.read_bytes(), (trained.checkpoint / file.name).read_bytes()
+        if file.suffix == ".safetensors":
+            start = 8 + int.from_bytes(old[:8], "little")
+            assert len(new) == len(old) and json.loads(new[8:start]) == json.loads(old[8:start])
+        elif file.name == "config.json":
+            assert json.loads(new) | said == json.loads(old) | said
+        else:
+            assert new == old, file.name
+    before, after = weights(trained.base), weights(trained.checkpoint)
+    same = [name for name in before if torch.equal(before[name], after[name])]
+    if trained.rank:
+        assert any("embed" in name or "wte" in name for name in same) and len(same) < len(before)
     else:
-        assert {name for name in old if "up_proj" in name and "experts" not in name} <= changed
-        assert kind == "illada" or any(".experts." in name for name in changed)
-    prompts, settings = [[10, 11, 12, 13, 14], [15, 16]], Settings(gen_length=16, block_length=8, steps=16)
+        assert all(".experts." in name for name in same) and len(same) <= 3  # an expert that no token has come to
+
+
+def test_whether_the_mask_was_trained(trained):
+    """A converted decoder's was not, until all weights are trained."""
+    converted = trained.name in KINDS
+    assert models.mask_is_trained(trained.config) is not converted
+    assert models.mask_is_trained(models.load_config(trained.checkpoint)) is not (converted and trained.rank > 0)
+    said = "the embedding of its mask token was never trained" in trained.output
+    assert said is (converted and trained.rank > 0)
+
+
+def test_it_decodes(trained):
+    """A batch gives what its prompts give alone, ids of the vocabulary, never the mask; all ends of a list end it."""
+    model, tokenizer = decode.load(str(trained.checkpoint), "float32", torch.device("cpu"))
+    prompts, settings = [[10, 11, 12, 13, 14], [15, 16]], Settings(gen_length=8, block_length=4, steps=4)
     both, _ = decode.decode(model, prompts, settings)
-    assert not (both == mask).any() and int(both.min()) >= 0 and int(both.max()) < VOCAB
+    assert ((both >= 0) & (both < 448) & (both != trained.config.mask_token_id)).all()
     for row, prompt in zip(both, prompts):
         assert torch.equal(row, decode.decode(model, [prompt], settings)[0][0])
-
-
-def test_trained_experts_are_written_as_they_are(make):
-    """Every tensor of the files is the part of the live model from which transformers, too, reads it back."""
-    folder = make("llada_moe")
-    model, weights = models.load_model(folder, torch.float32), weights_of(folder)
-    live = {
-        name: part
-        for whole, tensor in model.named_parameters()
-        for name, part in models.in_files(model.config, whole, tensor.detach())
-    }
-    assert live.keys() == weights.keys() and all(torch.equal(live[name], weights[name]) for name in weights)
-
-
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        ({"shared_expert_intermediate_size": 32}, "shared_expert_intermediate_size=32 is not supported"),
-        ({"moe_router_enable_expert_bias": True}, "moe_router_enable_expert_bias=True is not supported"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported, only None is"),
-        ({"qk_layernorm": False}, "qk_layernorm=False is not supported, only True is"),
-        ({"clip_qkv": 8.0}, "clip_qkv=8.0 is not supported"),
-        ({"expert_intermediate_size": 24}, "its config says"),
-    ],
-)
-def test_what_a_qwen3_moe_cannot_do_is_refused(make, change, said):
-    folder = make("llada_moe")
-    (folder / "config.json").write_text(json.dumps(MOE | change))
-    with pytest.raises(InputError, match=said):
-        models.load_model(folder)
-
-
-def test_a_tokenizer_without_the_mask_is_refused(make):
-    folder = make("llada_moe")
-    (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError, match=r"tokenizer.json names no token <\|mask\|>"):
-        models.load_config(folder)
+    ends = decode.end_ids(model, tokenizer)
+    assert (9 in ends) is (trained.name in ("LLaDA-1.5", "LLaDA-MoE"))
+    first = both[0, 0].item()
+    stopped, _ = decode.decode(model, prompts[:1], Settings(8, 4, 4, stop_at_end=True), [first])
+    assert stopped[0].tolist() == both[0, :4].tolist() + [1] * 4
