@@ -103,6 +103,8 @@ def load_as(config, folder: Path, dtype, **how):
 
 def add_mask(model, tokenizer) -> str:
     """Chooses the mask token, or adds one, and writes it into tokenizer and config. Returns how, in words."""
+    import transformers
+
     from blockwise.models.base import MASK_TRAINED
 
     config, known = model.config, getattr(model.config, "mask_token_id", None)
@@ -124,6 +126,7 @@ def add_mask(model, tokenizer) -> str:
         tokenizer.add_special_tokens({"mask_token": MASK})
         rows = -(-len(tokenizer) // ROWS) * ROWS
         how = f"in a new row: the embedding grew from {config.vocab_size:,} to {rows:,} rows"
+        transformers.set_seed(0)  # of the new rows, which are random: the same at each conversion
         model.resize_token_embeddings(rows, mean_resizing=False)
     config.mask_token_id = tokenizer.mask_token_id
     if known is None:

@@ -131,6 +131,9 @@ def test_without_a_free_row_the_embedding_grows(autoregressive, tmp_path, monkey
     model = models.load_model(after)
     assert model.config.vocab_size == rows == model.get_input_embeddings().weight.shape[0]
     assert model.config.mask_token_id == 400
+    torch.manual_seed(1)  # whatever the state of the generator is
+    again = weights(convert(monkeypatch, before, tmp_path / "again"))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in weights(tmp_path / "base").items())
 
 
 def test_the_order_in_which_a_mask_is_chosen(autoregressive, tokenizer, tmp_path, monkeypatch, capsys):
