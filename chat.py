@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from blockwise.cli import InputError, run_script
-from blockwise.decoding.settings import add_flags, from_flags
+from blockwise.decoding.settings import add_flags, check_flags
 from blockwise.prompts import prompt_ids
 
 
@@ -23,7 +23,7 @@ def main():
     parser.add_argument("--model", required=True, help="folder of a checkpoint, or hub id")
     add_flags(parser)
     args = parser.parse_args()
-    from_flags(args, args.gen_length)  # checks them, but for a block length that the model may say
+    check_flags(args)
     import torch  # only now: a mistyped flag is reported without waiting for it
 
     from blockwise.decoding import decode
@@ -31,8 +31,7 @@ def main():
 
     sys.stdin.reconfigure(errors="replace")  # what is not UTF-8 becomes question marks
     model, tokenizer = decode.load(args.model, args.dtype, Ranks.from_environment().device, args.adapter)
-    settings = from_flags(args, decode.block_diffusion_size(model.config))
-    decode.check_blocks(model.config, settings)
+    settings = decode.settings_for(args, model.config)
     ends, generator = decode.end_ids(model, tokenizer), torch.Generator(model.device).manual_seed(args.seed)
     show, messages = show_live if sys.stdout.isatty() else show_blocks, []
     while question := read_question():

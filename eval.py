@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from blockwise.cli import InputError, progress, read_jsonl, run_script
-from blockwise.decoding.settings import Settings, add_flags, from_flags
+from blockwise.decoding.settings import Settings, add_flags, check_flags
 from blockwise.prompts import prompt_ids, user_message
 from blockwise.run import files
 
@@ -63,7 +63,7 @@ def parse_args() -> argparse.Namespace:
 
 def main():
     args = parse_args()
-    from_flags(args, args.gen_length)  # checks them, but for a block length that the model may say
+    check_flags(args)
     problems = load_problems(args)
     from blockwise.run.ranks import Ranks  # only now: a mistyped flag is reported without waiting for torch
 
@@ -81,7 +81,7 @@ def main():
     folders = [Path(args.output) / f"{label(name, args.adapter)}-{args.task}" for name in names]
     if len(set(folders)) < len(folders):
         raise InputError(f"both models are called {Path(names[0]).name}; evaluate them one by one, with two --output.")
-    settings = settings_for(args, names[-1])
+    settings = settings_for(args, names[-1])  # the same for both of a comparison
     prompts = [encode(name, problems, settings) for name in names]  # also of the second, before the first is run
     for name, ids, folder in zip(names, prompts, folders):
         wanted = description(name, problems, ids, args, settings)
@@ -108,12 +108,12 @@ def label(name: str, adapter: str | None) -> str:
 
 
 def settings_for(args: argparse.Namespace, name: str) -> Settings:
-    """The settings of the flags; without --block_length, that of the model if it is one of block diffusion."""
+    """decode.settings_for of a model that is not loaded yet. Raises InputError."""
     from blockwise.decoding import decode
     from blockwise.models import base as models
     from blockwise.models import hub
 
-    return from_flags(args, decode.block_diffusion_size(models.load_config(hub.local_folder(name))))
+    return decode.settings_for(args, models.load_config(hub.local_folder(name)))
 
 
 def load_problems(args: argparse.Namespace) -> list[dict[str, str]]:

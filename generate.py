@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 
 from blockwise.cli import InputError, progress, read_jsonl, run_script
-from blockwise.decoding.settings import add_flags, from_flags
+from blockwise.decoding.settings import add_flags, check_flags
 from blockwise.prompts import prompt_ids
 from blockwise.run import files
 
@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
 
 def main():
     args = parse_args()
-    from_flags(args, args.gen_length)  # checks them, but for a block length that the model may say
+    check_flags(args)
     if args.output:
         check_output(Path(args.output))
     texts, gaps = ([args.prompt], [args.infill]) if args.prompt is not None else read_prompts(args.prompts, args.raw)
@@ -56,8 +56,7 @@ def main():
     from blockwise.run.ranks import Ranks
 
     model, tokenizer = decode.load(args.model, args.dtype, Ranks.from_environment().device, args.adapter)
-    settings = from_flags(args, decode.block_diffusion_size(model.config))
-    decode.check_blocks(model.config, settings)
+    settings = decode.settings_for(args, model.config)
     ends, generator = decode.end_ids(model, tokenizer), torch.Generator(model.device).manual_seed(args.seed)
     prompts = [encode(tokenizer, text, args.raw) for text in texts]
     if gaps[0] is not None:

@@ -174,7 +174,7 @@ class TwoStreams(Noised):
 
 
 class FlexTwoStreams(TwoStreams):
-    """The same for flex attention, which computes no pairs of tiles in which nobody sees anybody."""
+    """The same for a model with flex attention, which skips the parts of its mask in which nothing is visible."""
 
     @staticmethod
     def attention(block: Tensor) -> BlockMask:
@@ -197,6 +197,17 @@ def block_numbers(first: Tensor, max_len: int, block_size: int) -> Tensor:
 def fill_blocks(first: Tensor, length: Tensor, max_len: int, block_size: int) -> Tensor:
     """Where answers end whose last block is filled up with padding, as decoding writes whole blocks. (B,) each."""
     return (first + num_blocks(length - first, block_size) * block_size).clamp(max=max_len)
+
+
+def sample_blocks(
+    prompt_len: Tensor, length: Tensor, max_len: int, block_size: int, from_sample: bool
+) -> tuple[Tensor, Tensor]:
+    """Where answers end once their last block is filled up, (B,), and the block of each position, (B, L).
+
+    Blocks are counted from the start of the answer, or of the sample if from_sample.
+    """
+    first = torch.zeros_like(prompt_len) if from_sample else prompt_len
+    return fill_blocks(first, length, max_len, block_size), block_numbers(first, max_len, block_size)
 
 
 def block_diffusion_masks(
@@ -258,7 +269,7 @@ def two_stream_attention(block: Tensor) -> Tensor:
     return torch.cat([masked, clean], dim=1)[:, None]
 
 
-# ---------------------------------------------------------------- knobs of pre-training
+# ---------------------------------------------------------------- trainings of whole answers and texts
 
 
 def token_mean_weights(supervised: Tensor) -> Tensor:
@@ -267,7 +278,10 @@ def token_mean_weights(supervised: Tensor) -> Tensor:
 
 
 def loss_weights(supervised: Tensor, p: Tensor, answer_len: Tensor, *, bound: bool, per_token: bool) -> Tensor:
-    """The weights of a training whose every sample is one block: those of the knobs BOUND_WEIGHTS and LOSS_MEAN."""
+    """What the knobs BOUND_WEIGHTS and LOSS_MEAN stand for, in trainings that mask whole answers; (B, L) float.
+
+    supervised: (B, L) bool; p: (B, 1) or (B, L); answer_len: (B,).
+    """
     if bound:
         return bound_weights(supervised, p, 1, answer_len, per_token)
     return token_mean_weights(supervised) if per_token else sample_mean_weights(supervised)

@@ -14,7 +14,8 @@ from blockwise.cli import run_script
 from blockwise.knobs import at_least, between, one_of, override
 from train_fullseq import *  # noqa: F403
 
-del MASK_PROB_EPS, RANDOM_LENGTH  # noqa: F821  (MASK_LOW here; every beginning of a sample is trained as it is)
+# MASK_LOW replaces the first; the second is not needed, as no block sees a later one: all lengths are trained anyway
+del MASK_PROB_EPS, RANDOM_LENGTH  # noqa: F821
 
 CKPT_DIR = "ckpts_bd3lm"  # start of the names of the checkpoint and log folders
 
@@ -24,7 +25,7 @@ BLOCKS_FROM: one_of("answer", "sample") = "answer"  # where the first block star
 MASK_LOW: between(0.0, 1.0) = 1e-3  # mask ratios are uniform between this ...
 MASK_HIGH: between(0.0, 1.0) = 1.0  # ... and this
 MASK_RATIO: one_of("block", "sample") = "block"  # block: one ratio per block, as in the paper; sample: one per sample
-ATTENTION: one_of("sdpa", "flex") = "sdpa"  # flex skips what nobody sees; GPUs only, not measured there yet
+ATTENTION: one_of("sdpa", "flex") = "sdpa"  # flex: PyTorch's flex_attention; needs a GPU, not measured yet
 BOUND_WEIGHTS = True  # True: loss weighted 1/p, the likelihood bound; False: the mean over the masked tokens
 
 
@@ -45,13 +46,11 @@ def main():
 
 def noise(batch, generator, knobs):
     """Masks all blocks of a global batch (masking.Batch), and adds the clean samples. Returns a masking.TwoStreams."""
-    import torch
-
     import masking
 
-    first = batch.prompt_len if knobs.BLOCKS_FROM == "answer" else torch.zeros_like(batch.prompt_len)
-    length = masking.fill_blocks(first, batch.length, knobs.MAX_LEN, knobs.BLOCK_SIZE)
-    block = masking.block_numbers(first, knobs.MAX_LEN, knobs.BLOCK_SIZE)
+    length, block = masking.sample_blocks(
+        batch.prompt_len, batch.length, knobs.MAX_LEN, knobs.BLOCK_SIZE, from_sample=knobs.BLOCKS_FROM == "sample"
+    )
     masked, p = masking.block_diffusion_masks(
         batch.prompt_len, length, block, low=knobs.MASK_LOW, high=knobs.MASK_HIGH,
         per_block=knobs.MASK_RATIO == "block", generator=generator,

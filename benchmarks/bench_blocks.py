@@ -1,6 +1,6 @@
 """What a token costs in block diffusion, whose finished blocks are kept, against passes over the whole canvas.
 
-    python -m benchmarks.bench_blocks
+    python -m benchmarks.bench_blocks --tokens_per_step 4
 
 The same random weights are decoded in both ways, in turn. Prints the milliseconds of a token and how
 many times as fast block diffusion is, with the spread over the repeats, and a JSON line.

@@ -113,7 +113,7 @@ def grow_data(args):
 
 def grow_text(args):
     """Seconds until the first step of a training on packed texts, and the memory of its first rank."""
-    results, start = [], lambda file: start_command(file, "train_fullseq.py")
+    results = []
     with tempfile.TemporaryDirectory() as name:
         folder, log = Path(name), Path(name, "run/c_logs/train_loss.csv")
         for tokens in progress(args.tokens, desc="tokens"):
@@ -123,7 +123,7 @@ def grow_text(args):
             starts, memory = [], []
             for _ in range(args.repeats):
                 shutil.rmtree(folder / "run", ignore_errors=True)
-                starts.append(timed(start(folder / "text.pt"), folder, until=log))
+                starts.append(timed(start_command(folder / "text.pt", "train_fullseq.py"), folder, until=log))
                 metrics = log.with_name("metrics.csv").read_text().splitlines()
                 memory.append(float(metrics[1].split(",")[-1]))
             size = (folder / "text.pt").stat().st_size / 1e6

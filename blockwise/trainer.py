@@ -101,8 +101,9 @@ def rows_with_nonfinite_loss(losses: Tensor, sample: Tensor, run: "Run") -> list
 
 Noise = Callable[[masking.Batch, torch.Generator, SimpleNamespace], masking.Noised]
 Loss = Callable[[Tensor, masking.Noised], Tensor]
-# Of a model that learns to see no later block: the tokens of a block, and whether blocks are counted from the start of
-# the "answer" or of the "sample". The entries of the config that other trainers remove, as their models see everything.
+# Entries of config.json by which checkpoints of block diffusion are decoded: the tokens of a block, and whether blocks
+# are counted from the start of the "answer" or of the "sample". Other trainings set them to None: their base may have
+# had them, but their models see all blocks.
 BLOCK_DIFFUSION = {"block_diffusion_size": None, "block_diffusion_from": None}
 
 
@@ -115,8 +116,8 @@ def train(
     knobs: the script's constants. noise(batch, generator, knobs): the global batch as the model sees it; all its random
     numbers come from the generator. loss(logits (n, V), part): the share of a part of that in the loss of the global
     batch. blocks: answer lengths (N,) -> number of blocks of each sample (N,), of which a run trains each at most once;
-    None: every sample comes once in each epoch. config: entries for the config.json of the checkpoints, such as that of
-    block diffusion (see BLOCK_DIFFUSION), by which they are decoded.
+    None: every sample comes once in each epoch. config: entries for the config.json of the checkpoints, such as those
+    of BLOCK_DIFFUSION.
     Raises InputError before anything is trained or written if the knobs, the samples or the model cannot be used, and
     during the training if a file cannot be written or MAX_BAD_STEPS come in a row. Exits with STOPPED on a signal.
     """
@@ -169,6 +170,7 @@ def start(
     if entries["block_diffusion_size"] and not models.meta_model(config)._supports_sdpa:
         what = "other attention of transformers adds a boolean mask to the scores, which then masks nothing"
         raise InputError(f"{base}: block diffusion needs a model type with sdpa attention; {what}.")
+    config.update(entries)  # previews are decoded as the checkpoints are
     samples = make_samples(data, knobs, config)
     previews = Previews(base, config, samples, knobs) if knobs.SAMPLE_EVERY else None
     answer_len = samples.length - samples.prompt_len  # (N,)
@@ -180,7 +182,7 @@ def start(
     folder = ranks.on_first_rank(lambda: open_folder(knobs, ranks, steps, base))
     ranks.on_all_ranks(lambda: hold_folder(folder, ranks))
     model = engines.load_model(base, knobs, ranks)
-    model.config.update(entries)  # also for previews
+    model.config.update(entries)
     engine = engines.start_engine(model, knobs, steps)
     samples, plan, logs = samples.to(ranks.device), plan.to(ranks.device), Logs(ranks, folder.path)
     return Run(knobs, ranks, base, samples, plan, noise, loss, steps, folder, logs, model, engine, previews, entries)

@@ -93,9 +93,8 @@ def noise(
     are counted from the start of the sample, not of the answer.
     """
     start, length, max_len = batch.prompt_len, batch.length, batch.input_ids.shape[1]
-    first = torch.zeros_like(start) if from_sample else start
-    end = masking.fill_blocks(first, length, max_len, size) if size else length
-    block = masking.block_numbers(first, max_len, size or max_len)
+    filled, block = masking.sample_blocks(start, length, max_len, size or max_len, from_sample)
+    end = filled if size else length
     lowest = 1.0 if size == 1 else LOWEST
     masked, p = masking.block_diffusion_masks(
         start, end, block, low=lowest, high=1.0, per_block=True, generator=generator

@@ -41,7 +41,7 @@ TITLES = {
     "N5": "a new rule at equal steps and FLOPs, when a token needs three earlier ones: the task lag3",
     "B1": "from scratch on text: the held-out bound by the size of the blocks",
     "B3": "block diffusion against fine-tuning by blocks and of the full sequence, on long additions",
-    "B4": "the same on the task lag3, rule 1",
+    "B4": "block diffusion against fine-tuning by blocks and of the full sequence, on the task lag3",
 }
 HEAD = """# Results
 

@@ -8,15 +8,17 @@ K block_length, V vocabulary.
 Prompts are padded on the left, so that a block stands in the same columns in every row.
 """
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from blockwise.cli import InputError
-from blockwise.decoding.settings import Settings
+from blockwise.decoding.settings import Settings, from_flags
 from blockwise.models import base as models
 from blockwise.models import hub
 
@@ -169,10 +171,14 @@ class Canvas:
         """The answers as they are now, (B, G)."""
         return self.ids[self.answer].view(len(self.ids), -1)
 
+    @cached_property
+    def prompt(self) -> Tensor:
+        """The columns of each row's prompt, (B, L) bool."""
+        return self.seen & (self.answer.cumsum(dim=1) == 0)
+
     def without_prompts(self, rows: Tensor, columns: slice, mask_id: int) -> Tensor:
         """Some rows and columns of the ids, with the prompts masked: what guidance compares with."""
-        prompt = self.seen & (self.answer.cumsum(dim=1) == 0)  # (B, L)
-        return self.ids[rows, columns].masked_fill(prompt[rows, columns], mask_id)
+        return self.ids[rows, columns].masked_fill(self.prompt[rows, columns], mask_id)
 
 
 def make_canvas(config, prompts: list[list[int]], gen_length: int, device) -> Canvas:
@@ -215,6 +221,13 @@ def block_diffusion_size(config) -> int | None:
 def blocks_from_sample(config) -> bool:
     """Whether its blocks are counted from the start of the prompt, not from that of the answer."""
     return getattr(config, "block_diffusion_from", None) == "sample"
+
+
+def settings_for(args: argparse.Namespace, config) -> Settings:
+    """The settings of parsed flags for a model: a block-diffusion model has its own block length. Raises InputError."""
+    settings = from_flags(args, block_diffusion_size(config))
+    check_blocks(config, settings)
+    return settings
 
 
 def check_blocks(config, settings: Settings) -> None:

@@ -57,6 +57,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of temperature and random remasking")
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Checks parsed arguments before the model is read, which may have a block length of its own. Raises InputError."""
+    from_flags(args, block_length=args.gen_length)  # fits any gen_length and steps
+
+
 def from_flags(args: argparse.Namespace, block_length: int | None = None) -> Settings:
     """The Settings of parsed arguments; checks the seed, too. Raises InputError.
 

@@ -34,6 +34,22 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
+def renamed(config: dict, names: dict[str, str]) -> dict:
+    """What a config.json holds, with other names for some keys. A key that is null keeps its name."""
+    changed = dict(config)
+    for theirs, ours in names.items():
+        if changed.get(theirs) is not None:
+            changed[ours] = changed.pop(theirs)
+    return changed
+
+
+def check_size(key: str, size: object, kind: str) -> None:
+    """Refuses what is no positive integer as a size in the config.json of a kind of model. Raises InputError."""
+    if type(size) is not int or size < 1:
+        what = "missing" if size is None else repr(size)
+        raise InputError(f"config.json: {key} is {what}; in a {kind} config it is a positive integer.")
+
+
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder or hub model, of any model type; never runs or asks for remote code."""
     folder = local_folder(name, ["*.json", "*.jinja", "*.txt", "*.model"])

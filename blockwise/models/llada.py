@@ -13,6 +13,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 
 from blockwise.cli import InputError
+from blockwise.models import hub
 from blockwise.models.llada_moe import LLaDAMoEConfig, is_llada_moe
 
 if int(transformers.__version__.split(".")[0]) < 5:
@@ -69,16 +70,10 @@ class LLaDAConfig(LlamaConfig):
         for key, value in SUPPORTED_VALUES.items():
             if config_dict.get(key, value) != value:
                 raise InputError(f"config.json: {key}={config_dict[key]!r} is not supported, only {value!r} is.")
-        renamed = dict(config_dict)
-        for key, llama in CONFIG_KEYS.items():
-            if renamed.get(key) is not None:
-                renamed[llama] = renamed.pop(key)
+        llama = hub.renamed(config_dict, CONFIG_KEYS)
         for key in ("d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size"):
-            size = renamed.get(CONFIG_KEYS.get(key, key))
-            if type(size) is not int or size < 1:
-                what = "missing" if size is None else repr(size)
-                raise InputError(f"config.json: {key} is {what}; in a LLaDA config it is a positive integer.")
-        return super().from_dict(renamed, **kwargs)
+            hub.check_size(key, llama.get(CONFIG_KEYS.get(key, key)), "LLaDA")
+        return super().from_dict(llama, **kwargs)
 
     def to_dict(self):
         config = super().to_dict()

@@ -11,6 +11,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from blockwise.cli import InputError
+from blockwise.models import hub
 
 MASK = "<|mask|>"  # in the tokenizer: the hub's config.json has no mask_token_id
 # key in the hub's config.json -> Qwen3-MoE's name for it
@@ -23,7 +24,7 @@ SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts", "num_experts_per_tok",
     "expert_intermediate_size", "vocab_size",
 )  # fmt: skip
-# what the hub's code could do besides, and a Qwen3-MoE cannot; None is a key that is missing or null
+# key -> the values that a Qwen3-MoE can stand for, the usual one first; None is a key that is missing or null
 SUPPORTED_VALUES = {
     "qk_layernorm": [True],
     "shared_expert_intermediate_size": [None, 0],
@@ -60,22 +61,18 @@ class LLaDAMoEConfig(Qwen3MoeConfig):
                     f"config.json: {key}={value!r} is not supported in a LLaDA-MoE, only {supported[0]!r}."
                 )
         for key in SIZES:
-            if type(config_dict.get(key)) is not int or config_dict[key] < 1:
-                what = repr(config_dict[key]) if key in config_dict else "missing"
-                raise InputError(f"config.json: {key} is {what}; in a LLaDA-MoE config it is a positive integer.")
+            hub.check_size(key, config_dict.get(key), "LLaDA-MoE")
         if not config_dict.get("rope_theta"):
             raise InputError("config.json: rope_theta is missing; a LLaDA-MoE config has it.")
-        renamed = {key: value for key, value in config_dict.items() if key != "model_type"}
+        qwen = hub.renamed(config_dict, CONFIG_KEYS)
+        qwen.pop("model_type", None)
         layers, heads = config_dict["num_hidden_layers"], config_dict["num_attention_heads"]
-        has_experts = renamed.pop("moe_layer_freq", None) or [1] * layers
+        has_experts = qwen.pop("moe_layer_freq", None) or [1] * layers
         if not isinstance(has_experts, list) or len(has_experts) != layers:
             raise InputError(f"config.json: moe_layer_freq is {has_experts!r}; it is a 0 or 1 for each layer.")
-        for key, theirs in CONFIG_KEYS.items():
-            if renamed.get(key) is not None:
-                renamed[theirs] = renamed.pop(key)
-        renamed["num_key_value_heads"] = renamed.get("num_key_value_heads") or heads
-        renamed["mlp_only_layers"] = [layer for layer, experts in enumerate(has_experts) if not experts]
-        return super().from_dict(renamed | {"norm_topk_prob": False}, **kwargs)  # the hub's code ignores that key
+        qwen["num_key_value_heads"] = qwen.get("num_key_value_heads") or heads
+        qwen["mlp_only_layers"] = [layer for layer, experts in enumerate(has_experts) if not experts]
+        return super().from_dict(qwen | {"norm_topk_prob": False}, **kwargs)  # the hub's code ignores that key
 
     def to_dict(self):
         config = super().to_dict()
