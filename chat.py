@@ -15,15 +15,17 @@ from rich.text import Text
 
 from blockwise.cli import InputError, run_script
 from blockwise.decoding.settings import add_flags, check_flags
-from blockwise.prompts import prompt_ids
+from blockwise.prompts import PLAIN, add_wrap_flag, format_of, prompt_ids, wrap_text
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a checkpoint, or hub id")
     add_flags(parser)
+    add_wrap_flag(parser, "as the model was trained")
     args = parser.parse_args()
     check_flags(args)
+    wrap = args.wrap and wrap_text(args.wrap)
     import torch  # only now: a mistyped flag is reported without waiting for it
 
     from blockwise.decoding import decode
@@ -33,10 +35,12 @@ def main():
     model, tokenizer = decode.load(args.model, args.dtype, Ranks.from_environment().device, args.adapter)
     settings = decode.settings_for(args, model.config)
     ends, generator = decode.end_ids(model, tokenizer), torch.Generator(model.device).manual_seed(args.seed)
+    prompt_format = format_of(args.model, args.adapter, wrap, PLAIN)
     show, messages = show_live if sys.stdout.isatty() else show_blocks, []
     while question := read_question():
         try:
-            messages, prompt = fit([*messages, {"role": "user", "content": question}], model, tokenizer, settings)
+            asked = [*messages, {"role": "user", "content": question}]
+            messages, prompt = fit(asked, model, tokenizer, settings, prompt_format)
         except InputError as error:
             print(error)
             continue
@@ -56,12 +60,12 @@ def read_question() -> str | None:
         return None
 
 
-def fit(messages: list, model, tokenizer, settings) -> tuple[list, list[int]]:
+def fit(messages: list, model, tokenizer, settings, prompt_format=PLAIN) -> tuple[list, list[int]]:
     """The conversation and its ids; the oldest messages go if it is too long. Raises InputError if the last one is."""
     from blockwise.decoding import decode
 
     while True:
-        prompt = prompt_ids(tokenizer, messages)
+        prompt = prompt_ids(tokenizer, messages, prompt_format)
         try:
             decode.make_canvas(model.config, [prompt], settings.gen_length, "cpu")
             return messages, prompt

@@ -4,8 +4,9 @@
     python eval.py --compare GSAI-ML/LLaDA-8B-Instruct ckpts_stagewise_sft_32_step0025 --task math500
     deepspeed --num_gpus 8 eval.py --model FOLDER --task gsm8k
 
-Problems get the prompt and chat template of training. {output}/{model}-{task}/answers.jsonl has a line for each
-problem; the same command again continues an interrupted run, or, once it is complete, only prints its figures.
+Problems are asked as those of the training were: with the same text around them, and the same chat template.
+{output}/{model}-{task}/answers.jsonl has a line for each problem; the same command again continues an interrupted run,
+or, once it is complete, only prints its figures.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from blockwise.cli import InputError, progress, read_jsonl, run_script
 from blockwise.decoding.settings import Settings, add_flags, check_flags
-from blockwise.prompts import prompt_ids, user_message
+from blockwise.prompts import METAMATH, PromptFormat, add_wrap_flag, format_of, question_ids, wrap_text
 from blockwise.run import files
 
 
@@ -51,6 +52,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=0, help="only the first N problems; 0 = all")
     parser.add_argument("--output", default="results", help="folder of the results")
     add_flags(parser)
+    add_wrap_flag(parser, "as the model was trained; metamath, if it does not say how")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     args = parser.parse_args()
@@ -64,6 +66,7 @@ def parse_args() -> argparse.Namespace:
 def main():
     args = parse_args()
     check_flags(args)
+    wrap = args.wrap and wrap_text(args.wrap)
     problems = load_problems(args)
     from blockwise.run.ranks import Ranks  # only now: a mistyped flag is reported without waiting for torch
 
@@ -82,7 +85,8 @@ def main():
     if len(set(folders)) < len(folders):
         raise InputError(f"both models are called {Path(names[0]).name}; evaluate them one by one, with two --output.")
     settings = settings_for(args, names[-1])  # the same for both of a comparison
-    prompts = [encode(name, problems, settings) for name in names]  # also of the second, before the first is run
+    asked = ways_to_ask(names, args.adapter, wrap)
+    prompts = [encode(name, problems, settings, way) for name, way in zip(names, asked)]  # before the first is run
     for name, ids, folder in zip(names, prompts, folders):
         wanted = description(name, problems, ids, args, settings)
         ranks.on_first_rank(lambda folder=folder, wanted=wanted: prepare(folder, wanted))
@@ -125,7 +129,7 @@ def load_problems(args: argparse.Namespace) -> list[dict[str, str]]:
     if args.data:
         rows = [(f"{args.data}, line {number}", row) for number, row in read_jsonl(args.data)]
     else:
-        from blockwise.data import load_split
+        from blockwise.sources import load_split
 
         dataset = load_split(task.dataset, task.split, task.config)
         rows = [(f"{task.dataset}, row {number}", row) for number, row in enumerate(dataset)]
@@ -140,7 +144,14 @@ def load_problems(args: argparse.Namespace) -> list[dict[str, str]]:
     return problems
 
 
-def encode(name: str, problems: list[dict], settings: Settings) -> list[list[int]]:
+def ways_to_ask(names: list[str], adapter: str | None, wrap: str | None) -> list[PromptFormat]:
+    """How each model is asked: as it was trained; of two, one that does not say is asked as the other. InputError."""
+    found = [format_of(name, adapter, None, None) for name in names]
+    known = next(filter(None, reversed(found)), METAMATH)
+    return [format_of(name, adapter, wrap, known) for name in names]
+
+
+def encode(name: str, problems: list[dict], settings: Settings, prompt_format: PromptFormat) -> list[list[int]]:
     """Checks a model without loading it. Returns the problems as prompts, lists of ids. Raises InputError."""
     from blockwise.decoding import decode
     from blockwise.models import base as models
@@ -151,7 +162,7 @@ def encode(name: str, problems: list[dict], settings: Settings) -> list[list[int
     models.check_tensors(folder, config)
     decode.check_blocks(config, settings)
     tokenizer = hub.load_tokenizer(folder)
-    prompts = [prompt_ids(tokenizer, [user_message(problem["question"])]) for problem in problems]
+    prompts = [question_ids(tokenizer, problem["question"], prompt_format) for problem in problems]
     decode.make_canvas(config, prompts, settings.gen_length, "cpu")
     return prompts
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from blockwise.cli import InputError, progress, read_jsonl, run_script
 from blockwise.decoding.settings import add_flags, check_flags
-from blockwise.prompts import prompt_ids
+from blockwise.prompts import PLAIN, PromptFormat, add_wrap_flag, format_of, question_ids, wrap_text
 from blockwise.run import files
 
 
@@ -33,18 +33,22 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", help="jsonl file to write, with --prompts; must not exist yet")
     add_flags(parser)
     parser.add_argument("--batch_size", type=int, default=16)
+    add_wrap_flag(parser, "as the model was trained")
     parser.add_argument("--raw", action="store_true", help="no chat template: continue the text, or begin one")
     args = parser.parse_args()
     if bool(args.prompts) != bool(args.output) or args.batch_size < 1:
         parser.error("--prompts and --output belong together, and --batch_size must be at least 1")
     if args.infill is not None and args.prompts:
         parser.error('with --prompts, the answers with gaps are the "infill" of its rows')
+    if args.raw and args.wrap:
+        parser.error("--raw takes no --wrap")
     return args
 
 
 def main():
     args = parse_args()
     check_flags(args)
+    wrap = args.wrap and wrap_text(args.wrap)
     if args.output:
         check_output(Path(args.output))
     texts, gaps = ([args.prompt], [args.infill]) if args.prompt is not None else read_prompts(args.prompts, args.raw)
@@ -58,7 +62,8 @@ def main():
     model, tokenizer = decode.load(args.model, args.dtype, Ranks.from_environment().device, args.adapter)
     settings = decode.settings_for(args, model.config)
     ends, generator = decode.end_ids(model, tokenizer), torch.Generator(model.device).manual_seed(args.seed)
-    prompts = [encode(tokenizer, text, args.raw) for text in texts]
+    prompt_format = None if args.raw else format_of(args.model, args.adapter, wrap, PLAIN)
+    prompts = [encode(tokenizer, text, prompt_format) for text in texts]
     if gaps[0] is not None:
         fill(model, tokenizer, texts, prompts, gaps, args, settings, generator)
         return
@@ -136,13 +141,13 @@ def read_prompts(path: str, raw: bool) -> tuple[list[str], list[str | None]]:
     return prompts, gaps
 
 
-def encode(tokenizer, text: str, raw: bool) -> list[int]:
-    """A prompt as ids: as the user's message of a conversation, or raw."""
+def encode(tokenizer, text: str, prompt_format: PromptFormat | None) -> list[int]:
+    """A prompt as ids: as a question in a conversation, or as it is, if there is no prompt_format."""
     if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python keeps other bytes of a command line
         raise InputError("--prompt is not in UTF-8.")
-    if raw:
+    if not prompt_format:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return prompt_ids(tokenizer, [{"role": "user", "content": text}])
+    return question_ids(tokenizer, text, prompt_format)
 
 
 def write(rows: list, output: str | None) -> None:

@@ -19,9 +19,11 @@ from transformers import PreTrainedTokenizerFast
 
 import pt
 from benchmarks import common
+from blockwise import formats
 from blockwise.cli import read_jsonl, run_script
+from blockwise.encoding import PROBES, Encoder, encode
 from blockwise.models import hub
-from blockwise.prompts import user_message
+from blockwise.prompts import METAMATH
 from experiments.make_base import CHAT_TEMPLATE, SPECIAL
 
 LLAMA_3 = (
@@ -50,7 +52,7 @@ def plain(dataset, tokenizer, max_len, output):
     header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
     rows = []
     for row in dataset:
-        chat = [user_message(row["query"])]
+        chat = [{"role": "user", "content": METAMATH.wrapped(row["query"])}]
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
         chat.append({"role": "assistant", "content": row["response"]})
         text = tokenizer.apply_chat_template(chat, tokenize=False).removesuffix(header)
@@ -64,8 +66,8 @@ def plain(dataset, tokenizer, max_len, output):
 
 
 def ours(dataset, tokenizer, max_len, output):
-    rows, _ = pt.encode(dataset, tokenizer, max_len, max_samples=0, filter_type="")
-    pt.save(rows, output)
+    encoder = Encoder(tokenizer, formats.METAMATH, METAMATH, dataset[:PROBES])
+    pt.save(encode(dataset, encoder, max_len).samples, output, METAMATH)
 
 
 def check_same(folder):
@@ -86,7 +88,7 @@ def main():
     args = parser.parse_args()
     disable_progress_bars()
     rows = [{"query": row["question"], "response": row["answer"]} for _, row in read_jsonl(args.data)]
-    texts = [user_message(row["query"])["content"] + row["response"] for row in rows]
+    texts = [METAMATH.wrapped(row["query"]) + row["response"] for row in rows]
     tokenizer = hub.load_tokenizer(args.model) if args.model else make_tokenizer(texts)
     dataset, device = Dataset.from_list(rows), torch.device("cpu")
     with tempfile.TemporaryDirectory() as name:

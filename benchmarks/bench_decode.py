@@ -18,7 +18,7 @@ from blockwise import scoring
 from blockwise.cli import run_script
 from blockwise.decoding import decode
 from blockwise.decoding.settings import Settings
-from blockwise.prompts import prompt_ids, user_message
+from blockwise.prompts import METAMATH, question_ids
 from blockwise.run.ranks import Ranks
 from eval import load_problems
 
@@ -56,7 +56,7 @@ def load(args, device):
     if args.model:
         model, tokenizer = decode.load(args.model, args.dtype, device)
         problems, ends = load_problems(args), decode.end_ids(model, tokenizer)
-        prompts = [prompt_ids(tokenizer, [user_message(problem["question"])]) for problem in problems]
+        prompts = [question_ids(tokenizer, problem["question"], METAMATH) for problem in problems]
 
         def right(answers):
             texts = [decode.completion(tokenizer, ids, ends) for ids in answers]

@@ -5,9 +5,7 @@ Letters in shapes: N samples of the data, L positions with padding, P pairs of a
 
 import pickle
 import random
-import sys
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +16,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import masking
-from blockwise import packing
+from blockwise import packing, prompts
 from blockwise.cli import InputError
-from blockwise.models.hub import reason
+from blockwise.prompts import PromptFormat
 
 CHECKED = 2**14  # samples of texts whose ids are checked at a time
 
@@ -113,6 +111,15 @@ def read_pt(path: str | Path) -> list | Tensor:
     return samples
 
 
+def stored_format(path: str | Path) -> PromptFormat | None:
+    """How the questions in a .pt file were put, as pt.py has stored it; None if the file does not say. InputError."""
+    if not zipfile.is_zipfile(path):
+        return None  # packed texts
+    with zipfile.ZipFile(path) as file:
+        names = [name for name in file.namelist() if name.split("/")[1:] == [prompts.FILE]]
+        return PromptFormat.from_json(file.read(names[0]), path) if names else None
+
+
 def sample_problem(entry, max_len: int) -> str | None:
     """What is wrong with the form of one entry of a .pt file, or None."""
     if not isinstance(entry, dict) or not {"prompt_len", "full_ids"} <= entry.keys():
@@ -168,41 +175,3 @@ def schedule(blocks: Tensor, epochs: int, seed: int) -> Tensor:
 def derive_seed(seed: int, *names) -> int:
     """An independent 63-bit seed for each purpose, the same on every machine."""
     return random.Random(repr((seed, *names))).getrandbits(63)
-
-
-def load_texts(name: str, split: str, column: str, streaming: bool) -> Iterator[list[str]]:
-    """The texts of a column of a data set, some at a time. Raises InputError.
-
-    name: hub id, folder of jsonl, parquet or txt files, or one .txt file. A .txt file is one text.
-    """
-    path = Path(name)
-    if path.suffix == ".txt" or path.is_dir() and any(path.glob("*.txt")):
-        texts = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-        dataset = load_split("text", split, streaming=streaming, sample_by="document", data_files=[*map(str, texts)])
-    else:
-        dataset = load_split(name, split, streaming=streaming)
-    number = 0
-    for batch in dataset.iter(1000):
-        if column not in batch:
-            raise InputError(f"--text {column}: {name} has no such column; its columns are {', '.join(batch)}.")
-        for row, text in enumerate(batch[column], start=number):
-            if not isinstance(text, str):
-                raise InputError(f"--text {column}: row {row} of {name} holds no text but {text!r:.200}")
-        number += len(batch[column])
-        yield batch[column]
-
-
-def load_split(name: str, split: str, config: str | None = None, **more):
-    """A split of a hub dataset or of a local folder. more: for load_dataset. Raises InputError."""
-    from datasets import disable_progress_bars, load_dataset
-    from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
-
-    if not sys.stderr.isatty():  # a bar that is redrawn would fill the file
-        disable_progress_bars()
-    unloadable = (DatasetGenerationError, DatasetNotFoundError, DataFilesNotFoundError)
-    unloadable += (ValueError, OSError, LookupError, StopIteration)  # also raised, for empty files and empty names
-    try:
-        return load_dataset(name, config, split=split, **more)
-    except unloadable as error:
-        why = reason(error.__cause__ or error)
-        raise InputError(f"dataset {name!r}, split {split!r}, cannot be loaded: {why}") from error

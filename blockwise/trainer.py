@@ -25,10 +25,11 @@ from transformers import PreTrainedModel
 import masking
 from blockwise import engine as engines
 from blockwise.cli import STOPPED, InputError, progress
-from blockwise.data import Samples, derive_seed, make_samples, read_pt, schedule
+from blockwise.data import Samples, derive_seed, make_samples, read_pt, schedule, stored_format
 from blockwise.models import base as models
 from blockwise.models import checkpoint, hub
 from blockwise.previews import Previews
+from blockwise.prompts import FILE
 from blockwise.run import constants, files, resume, signals
 from blockwise.run.logs import Logs
 from blockwise.run.ranks import Ranks, print0
@@ -158,6 +159,7 @@ class Run:
     engine: deepspeed.DeepSpeedEngine
     previews: Previews | None
     entries: dict[str, object]  # for the config.json of the checkpoints
+    new_files: dict[str, bytes]  # that checkpoints and adapters have besides those of the base
 
 
 def start(
@@ -165,6 +167,7 @@ def start(
 ) -> Run:  # fmt: skip
     """Checks all that the user gives, then loads model and engine. Raises InputError."""
     ranks, data = Ranks.from_environment(), read_pt(knobs.DATA_PT)  # before the base, which may be a large download
+    stored = stored_format(knobs.DATA_PT)
     base = hub.local_folder(knobs.MODEL_NAME)
     config = engines.check_model(base, knobs)
     if entries["block_diffusion_size"] and not models.meta_model(config)._supports_sdpa:
@@ -185,7 +188,10 @@ def start(
     model.config.update(entries)
     engine = engines.start_engine(model, knobs, steps)
     samples, plan, logs = samples.to(ranks.device), plan.to(ranks.device), Logs(ranks, folder.path)
-    return Run(knobs, ranks, base, samples, plan, noise, loss, steps, folder, logs, model, engine, previews, entries)
+    new_files = {FILE: stored.to_json()} if stored else {}  # if the data does not say, that of the base stays
+    return Run(
+        knobs, ranks, base, samples, plan, noise, loss, steps, folder, logs, model, engine, previews, entries, new_files
+    )
 
 
 def open_folder(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: Path) -> RunFolder:
@@ -325,9 +331,9 @@ def save_checkpoint(run: Run, step: int) -> None:
         updates = checkpoint.updates(run.model)
         written, rounding = checkpoint.merge_weights(base, unfinished, updates, dtype, ranks.rank, ranks.world_size)
         if ranks.rank == 0:
-            written |= checkpoint.copy_side_files(base, unfinished, dtype, config_of(run))
+            written |= checkpoint.copy_side_files(base, unfinished, dtype, config_of(run), run.new_files)
             if run.knobs.LORA_RANK:
-                checkpoint.save_adapter(run.model, base_name, unfinished / checkpoint.ADAPTER)
+                checkpoint.save_adapter(run.model, base_name, unfinished / checkpoint.ADAPTER, run.new_files)
         if not run.knobs.LORA_RANK:  # with BF16, the trained weights are rounded before they are saved
             rounding.error += engines.rounding_of_weights(run.engine)
         return written

@@ -15,7 +15,7 @@ import torch
 from blockwise.cli import run_script
 from blockwise.decoding import decode
 from blockwise.decoding.settings import Settings
-from blockwise.prompts import prompt_ids, user_message
+from blockwise.prompts import METAMATH, question_ids
 
 QUESTION = "542955335424 + 845569212879"  # lowest digit first
 BOX, GAP, BLOCK_GAP, LEFT, TOP, HEIGHT = 40, 4, 16, 20, 96, 190  # pixels
@@ -30,7 +30,7 @@ STYLE = """text { font: 15px ui-monospace, Menlo, Consolas, monospace; fill: #24
 
 def film(model, tokenizer, block: int, length: int) -> tuple[list[str], list[int]]:
     """The text of each token of the answer, and the step, from 1, in which each was written."""
-    prompt = prompt_ids(tokenizer, [user_message(QUESTION)])
+    prompt = question_ids(tokenizer, QUESTION, METAMATH)
     written, ids = [0] * length, []
     frames = decode.stream(model, [prompt], Settings(length, block, length))
     for step, (answer, _) in enumerate(frames, start=1):

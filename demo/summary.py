@@ -16,7 +16,7 @@ import blockwise  # noqa: F401  (registers the model type, so that the Auto clas
 import chat
 from blockwise.decoding import decode
 from blockwise.decoding.settings import Settings
-from blockwise.prompts import prompt_ids, user_message
+from blockwise.prompts import METAMATH, question_ids
 from eval import figures, read_answers
 
 BASE = Path("demo/base")
@@ -43,7 +43,7 @@ def show_answer(folder: Path, problem: dict, block_size: int) -> None:
     """Prints how a checkpoint answers a problem."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    prompt = prompt_ids(tokenizer, [user_message(problem["question"])])
+    prompt = question_ids(tokenizer, problem["question"], METAMATH)
     settings = Settings(4 * block_size, block_size, 4 * block_size)
     print(f"{folder} answers {problem['question']}   (right: {problem['gold']!r})")
     ends = decode.end_ids(model, tokenizer)

@@ -12,6 +12,7 @@ import argparse
 import copy
 import time
 from collections import deque
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -21,10 +22,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import masking
-import pt
+from blockwise import formats, prompts
 from blockwise.cli import progress
+from blockwise.encoding import PROBES, Encoder, encode
 from blockwise.models import llada
-from blockwise.prompts import user_message
 
 # LLaDA's special tokens and chat template (hub: tokenizer_config.json), here with the first ids of the vocabulary
 SPECIAL = ["<|startoftext|>", "<|endoftext|>", "[CLS]", "[gMASK]", "<|mdm_mask|>"]
@@ -140,7 +141,7 @@ def main():
     texts = [
         [row["query"], row["response"]]
         if args.plain
-        else ["user", "\n\n" + user_message(row["query"])["content"], "assistant", "\n\n" + row["response"]]
+        else ["user", "\n\n" + prompts.METAMATH.wrapped(row["query"]), "assistant", "\n\n" + row["response"]]
         for row in dataset.select(range(min(3000, len(dataset))))
     ]
     tokenizer = make_tokenizer(sum(texts, []), vocab_size=min(args.vocab_size, 4096))
@@ -148,12 +149,15 @@ def main():
     if args.plain:
         rows = [plain_sample(tokenizer, row) for row in dataset]
     else:
-        rows, _ = pt.encode(dataset, tokenizer, max_len=256, max_samples=0, filter_type="")
+        encoder = Encoder(tokenizer, formats.METAMATH, prompts.METAMATH, dataset[:PROBES])
+        rows = encode(dataset, encoder, max_len=256).samples
     for step, loss in pretrain(model, rows, args.steps, args.batch_size, args.lr, args.seed):
         if step == args.steps or (args.save_every and step % args.save_every == 0):
             folder = args.output if step == args.steps else f"{args.output}_step{step:04d}"
             copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            if not args.plain:
+                Path(folder, prompts.FILE).write_bytes(prompts.METAMATH.to_json())
             size, seconds = sum(p.numel() for p in model.parameters()) / 1e6, time.perf_counter() - began
             print(f"{folder}: {size:.1f} M parameters, loss {loss:.3f} after {step} steps, {seconds:.0f} s", flush=True)
 

@@ -210,19 +210,21 @@ def make_rows(run: Run, path: Path, work: Path, scale: Scale) -> None:
     from datasets import Dataset
 
     import pt
+    from blockwise import formats, prompts
+    from blockwise.encoding import PROBES, Encoder, encode
     from blockwise.models import hub
 
     task = run.setting.task
     tokenizer = hub.load_tokenizer(base_folder(task, run.seed, work, scale))
     rows = make_data.problems(task.name, task.rule, min(task.rows, scale.most_rows), seed=1)
     if task.rule is None:
-        samples, _ = pt.encode(Dataset.from_list(rows), tokenizer, max_len=256, max_samples=0, filter_type="")
-        samples = [(start, ids[:-1]) for start, ids in samples]
+        encoder = Encoder(tokenizer, formats.METAMATH, prompts.METAMATH, Dataset.from_list(rows)[:PROBES])
+        samples = [(start, ids[:-1]) for start, ids in encode(Dataset.from_list(rows), encoder, max_len=256).samples]
     else:
         from experiments.make_base import plain_sample
 
         samples = [plain_sample(tokenizer, row) for row in rows]
-    pt.save(samples, path)
+    pt.save(samples, path, prompts.METAMATH if task.rule is None else prompts.PLAIN)
 
 
 def rows_of(runs: list[Run], work: Path, scale: Scale) -> list[list]:
@@ -286,14 +288,14 @@ def evaluate(folder: Path, settings: dict, task: Task, number: int) -> tuple[str
     from blockwise import scoring
     from blockwise.decoding import decode
     from blockwise.decoding.settings import Settings
-    from blockwise.prompts import prompt_ids, user_message
+    from blockwise.prompts import METAMATH, question_ids
     from experiments.make_base import plain_sample
 
     model, tokenizer = decode.load(folder, "float32", torch.device("cpu"))
     ends = decode.end_ids(model, tokenizer)
     problems = make_data.problems(task.name, task.rule, number, seed="held out")
     if task.rule is None:
-        prompts = [prompt_ids(tokenizer, [user_message(row["query"])]) for row in problems]
+        prompts = [question_ids(tokenizer, row["query"], METAMATH) for row in problems]
     else:
         prompts = [ids[:start].tolist() for start, ids in (plain_sample(tokenizer, row) for row in problems)]
     right, digits = 0, []

@@ -61,10 +61,10 @@ def problems(number, seed):
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level BPE tokenizer with LLaDA's special tokens (mask id 4) and chat template."""
-    from blockwise.prompts import user_message
+    from blockwise.prompts import METAMATH
     from experiments.make_base import make_tokenizer
 
-    return make_tokenizer((user_message(row["query"])["content"] + row["response"] for row in problems(200, 0)), 400)
+    return make_tokenizer((METAMATH.wrapped(row["query"]) + row["response"] for row in problems(200, 0)), 400)
 
 
 @pytest.fixture(scope="session")

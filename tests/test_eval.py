@@ -89,7 +89,7 @@ def test_with_an_adapter_answers_are_those_of_base_and_adapters(
     assert folder.name == f"{base.name}+{adapter.parent.name}-adapter-gsm8k"
     rows = answers(folder)
     for row, untuned, problem in zip(rows, answers(whole[0]), problems(22, 5), strict=True):
-        prompt = prompts.prompt_ids(tokenizer, [prompts.user_message(problem["query"])])
+        prompt = prompts.question_ids(tokenizer, problem["query"], prompts.METAMATH)
         ids, _ = decode.decode(adapted, [prompt], Settings(16, 8, 8))
         assert row["completion"] == decode.completion(tokenizer, ids[0].tolist(), [1, 7]) != untuned["completion"]
     os.utime(adapter / "adapter_config.json", ns=(0, 0))  # a copy has another time, too

@@ -16,7 +16,16 @@ FLOORS = (  # from low to high; a name stands for all modules in it
     ("blockwise.knobs",),
     ("blockwise.run",),
     ("blockwise.models",),
-    ("blockwise.decoding", "blockwise.prompts", "blockwise.scoring", "blockwise.data", "blockwise.packing"),
+    (
+        "blockwise.decoding",
+        "blockwise.prompts",
+        "blockwise.scoring",
+        "blockwise.data",
+        "blockwise.packing",
+        "blockwise.sources",
+        "blockwise.formats",
+        "blockwise.encoding",
+    ),
     ("blockwise.engine", "blockwise.previews"),
     ("blockwise.trainer", "blockwise.compare"),
 )
@@ -72,7 +81,7 @@ def test_the_walk_sees_the_repository():
     assert {"masking", "blockwise", "blockwise.run.files", "train_blockwise", "eval", "tests.test_imports",
             "experiments.train_causal", "benchmarks.common", "adapters.lm_eval_llada"} <= MODULES.keys()  # fmt: skip
     assert "blockwise.models.checkpoint" in imports(MODULES["blockwise.decoding.decode"])  # in a function
-    assert "blockwise.models.hub" in ours(MODULES["blockwise.data"]) and "train_blockwise" in ours(
+    assert "blockwise.models.hub" in ours(MODULES["blockwise.sources"]) and "train_blockwise" in ours(
         MODULES["experiments.train_causal"]
     )
 

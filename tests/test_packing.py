@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import pt
-from blockwise import packing
+from blockwise import packing, prompts
 from blockwise.cli import InputError
 from blockwise.data import make_samples, read_pt
 from blockwise.models import hub
@@ -86,7 +86,7 @@ def test_training_on_texts_is_training_on_samples_without_prompts(forked, tmp_pa
     """The same losses as from a list of the same samples, on one rank and on two."""
     ids = torch.randint(8, 400, (40, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     packing.write(tmp_path / "text.pt", list(ids.numpy()), 64)
-    pt.save([(0, row.numpy().astype(np.int64)) for row in ids], tmp_path / "list.pt")
+    pt.save([(0, row.numpy().astype(np.int64)) for row in ids], tmp_path / "list.pt", prompts.PLAIN)
     knobs = {"MAX_LEN": 64, "TOTAL_TRAIN_STEPS": 3, "LORA_DROPOUT": 0.0, "LR": 1e-3, "CKPT_DIR": "out/run"}
     losses = []
     for number, (data, ranks) in enumerate([("text", 1), ("text", 2), ("list", 1)]):

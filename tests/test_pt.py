@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 import pt
-from blockwise import prompts
+from blockwise import encoding, formats, prompts
 from blockwise.cli import InputError
 from blockwise.models import hub
 
@@ -29,16 +29,29 @@ def as_lists(samples):
     return [sample and (sample[0], sample[1].tolist()) for sample in samples]
 
 
+def encoder(tokenizer, rows=(), filter_type=""):
+    """An encoder of MetaMathQA's rows, as the script makes it by default."""
+    probes = {name: [row[name] for row in rows] for name in ("query", "response")}
+    return encoding.Encoder(tokenizer, formats.METAMATH, prompts.METAMATH, probes, filter_type)
+
+
 def tokenize(pairs, tokenizer):
-    """pt.tokenize as the script calls it; ids as lists."""
-    probes = {"query": [query for query, _ in pairs], "response": [response for _, response in pairs]}
-    ids_of = pt.encoder(tokenizer, probes)
-    return as_lists(pt.tokenize(pairs, tokenizer, prompts.extra_header(tokenizer), ids_of))
+    """What becomes of (query, response) pairs: (prompt_len, ids as a list), or None."""
+    rows = [{"query": query, "response": response} for query, response in pairs]
+    batch = {name: [row[name] for row in rows] for name in ("query", "response")}
+    outcomes = encoder(tokenizer, rows)(batch)
+    assert all(len(of_row) == 1 and (of_row[0][1] is None) == bool(of_row[0][0]) for of_row in outcomes)
+    return as_lists([sample for ((_, sample),) in outcomes])
 
 
-def encode(*args):
-    samples, counts = pt.encode(*args)
-    return as_lists(samples), counts
+COUNTS = ("kept", "skipped by type", "too long", "unusable")
+
+
+def encode(rows, tokenizer, max_len, max_samples, filter_type):
+    dataset = datasets.Dataset.from_list(rows)
+    found = encoding.encode(dataset, encoder(tokenizer, (), filter_type), max_len, max_samples)
+    assert found.reasons.total() == found.counts["unusable"]
+    return as_lists(found.samples), {name: found.counts[name] for name in COUNTS}
 
 
 # ---------------------------------------------------------------- chat templates
@@ -296,7 +309,7 @@ def test_token_over_the_border(response):
         [pre_tokenizers.Split("=", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )  # "=" on its own, so that "a" and "b" meet within one word
     tokenizer = ab_tokenizer(byte_level, decoders.ByteLevel())
-    prompt = prompts.user_message("ab?")["content"] + "=a"
+    prompt = prompts.METAMATH.wrapped("ab?") + "=a"
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     whole = tokenizer(prompt + response + "</s>", add_special_tokens=False)["input_ids"]
     assert whole[: len(prompt_ids)] != prompt_ids  # else there is nothing to test
@@ -355,7 +368,7 @@ def test_encode_equals_one_row_at_a_time(tokenizer, filter_type):
         if i % 50 == 3:
             row["response"] = " "
     max_len = 115
-    kept, counts = encode(datasets.Dataset.from_list(rows), tokenizer, max_len, 0, filter_type)
+    kept, counts = encode(rows, tokenizer, max_len, 0, filter_type)
     expected, expected_counts = one_by_one(rows, tokenizer, max_len, filter_type)
     assert kept == expected
     assert counts == expected_counts
@@ -368,7 +381,7 @@ def test_encode_equals_one_row_at_a_time(tokenizer, filter_type):
 def test_the_fast_tokenizer_is_used_only_where_it_agrees(tokenizer, monkeypatch, capsys):
     sample, texts = ["What is 1 + 1?", "2 é\n"], ["a <|eot_id|> b", "", "What is 7?"]
     wanted = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    chosen = pt.encoder(tokenizer, sample)
+    chosen = encoding.ids_function(tokenizer, sample)
     assert chosen.__name__ == "by_fastokens" and [ids.tolist() for ids in chosen(texts)] == wanted
     assert not capsys.readouterr().out
     real = tokenizer.backend_tokenizer.to_str()
@@ -376,7 +389,7 @@ def test_the_fast_tokenizer_is_used_only_where_it_agrees(tokenizer, monkeypatch,
         backend = type("Backend", (), {"to_str": lambda self, text=text: text})()
         with monkeypatch.context() as patch:
             patch.setattr(type(tokenizer), "backend_tokenizer", property(lambda self, backend=backend: backend))
-            chosen = pt.encoder(tokenizer, sample)
+            chosen = encoding.ids_function(tokenizer, sample)
         assert why in capsys.readouterr().out
         assert chosen.__name__ == "by_tokenizer" and [ids.tolist() for ids in chosen(texts)] == wanted
 
@@ -386,14 +399,14 @@ def test_max_samples_stops_early(tokenizer):
     good = {"query": "What is 1 + 1?", "response": "2", "type": "MATH"}
     gsm, blank = good | {"type": "GSM_SV"}, good | {"response": ""}
     rows = [good, gsm, blank, good, gsm, gsm, blank, good]
-    kept, counts = encode(datasets.Dataset.from_list(rows), tokenizer, 256, 2, "GSM")
+    kept, counts = encode(rows, tokenizer, 256, 2, "GSM")
     assert len(kept) == 2
     assert counts == {"kept": 2, "skipped by type": 1, "too long": 0, "unusable": 1}
 
 
 @pytest.mark.parametrize("max_samples, number", [(0, 8), (1, 1), (7, 7), (8, 8), (100, 8)])
 def test_max_samples(tokenizer, max_samples, number):
-    dataset = datasets.Dataset.from_list(problems(8, 2))
+    dataset = problems(8, 2)
     every, _ = encode(dataset, tokenizer, 256, 0, "GSM")
     kept, counts = encode(dataset, tokenizer, 256, max_samples, "GSM")
     assert kept == every[:number]
@@ -434,7 +447,15 @@ def test_real_run_with_defaults(base, mixed, tmp_path, tokenizer):
     cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = run("pt.py", "--model", base, "--dataset", mixed, cwd=tmp_path, env=cache)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "MathQA_256.pt: kept 5, skipped by type 3, too long 2, unusable 1 (of 11 rows)\n"
+    lengths = [len(sample["full_ids"]) for sample in load(tmp_path / "MathQA_256.pt")]
+    said = done.stdout.splitlines()
+    assert said[0] == (
+        "columns prompt=query, answer=response; --wrap metamath; rows whose type contains GSM are skipped, "
+        "as in the recipe (--filter_type '' keeps them)"
+    )
+    counts = "kept 5, skipped by type 3, too long 2, unusable 1 (of 11 rows); unusable are 1 empty"
+    assert said[1] == f"MathQA_256.pt: {counts}"
+    assert said[2].startswith(f"lengths in tokens: 50 % {lengths[0]}, 90 % ") and len(said) == 3
     assert not list(tmp_path.glob("*.unfinished"))
     samples = load(tmp_path / "MathQA_256.pt")
     assert type(samples) is list and len(samples) == 5
@@ -454,7 +475,8 @@ def test_defaults_are_the_references(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pt.py"])
     assert vars(pt.parse_args()) == {
         "output": "MathQA_256.pt", "model": "GSAI-ML/LLaDA-8B-Instruct", "dataset": "meta-math/MetaMathQA",
-        "split": "train", "max_len": 256, "max_samples": 20000, "filter_type": "GSM",
+        "config": None, "split": "train", "max_len": 256, "max_samples": 20000, "filter_type": None, "columns": {},
+        "turns": "all", "system": "", "wrap": None, "chat_template_kwargs": {}, "val_share": 0.0, "num_proc": 1,
         "text": None, "insert_eos": False, "streaming": False, "max_tokens": 0,
     }  # fmt: skip
 
@@ -468,7 +490,7 @@ def test_samples_are_dropped_and_never_cut(call, base, mixed, tmp_path):
     for limit, kept, too_long in [(short, 5, 2), (long - 1, 5, 2), (long, 7, 0)]:
         code, out, _ = call("--model", base, "--dataset", mixed, "--output", output, "--max_len", limit)
         assert code == 0
-        assert out == f"{output}: kept {kept}, skipped by type 3, too long {too_long}, unusable 1 (of 11 rows)\n"
+        assert f"{output}: kept {kept}, skipped by type 3, too long {too_long}, unusable 1 (of 11 rows)" in out
         assert len(load(output)) == kept
     code, _, err = call("--model", base, "--dataset", mixed, "--output", output, "--max_len", short - 1)
     assert code == 1 and "too long 7" in err
@@ -487,8 +509,10 @@ def test_without_a_filter_no_type_is_needed(call, base, tmp_path):
     write_jsonl(tmp_path / "data" / "train.jsonl", [{"query": "What is 1 + 1?", "response": "2"}])
     flags = ("--model", base, "--dataset", tmp_path / "data", "--output", tmp_path / "out.pt")
     assert call(*flags, "--filter_type", "")[0] == 0
-    code, _, err = call(*flags)
-    assert code == 1 and "'type'" in err and "--filter_type ''" in err
+    code, out, _ = call(*flags)
+    assert code == 0 and "kept 1" in out and "recipe" not in out
+    code, _, err = call(*flags, "--filter_type", "GSM")
+    assert code == 1 and "'type'" in err and "query, response" in err
 
 
 def test_max_samples_of_the_script(call, base, dataset_folder, tmp_path):
@@ -545,19 +569,19 @@ def without(key):
 
 # name: (files of the dataset folder, other flags, what stderr's last line must say)
 BAD = {
-    "no query": ({"train.jsonl": without("query")}, (), ("no column 'query'", "response, type")),
-    "no response": ({"train.jsonl": without("response")}, (), ("no column 'response'",)),
-    "no type": ({"train.jsonl": without("type")}, (), ("no column 'type'", "--filter_type ''")),
+    "no query": ({"train.jsonl": without("query")}, (), ("response, type", "question and answer", "--columns")),
+    "no response": ({"train.jsonl": without("response")}, (), ("query, type", "--columns")),
+    "no type": ({"train.jsonl": without("type")}, ("--filter_type", "GSM"), ("no column 'type'", "query, response")),
     "empty folder": ({}, (), ("DATA", "data files")),
     "empty file": ({"train.jsonl": ""}, (), ("DATA",)),
     "no data file": ({"notes.xyz": "text"}, (), ("DATA", "data files")),
     "malformed line": ({"train.jsonl": json.dumps(GOOD) + '\n{"query": "What\n'}, (), ("DATA", "JSON")),
     "malformed first line": ({"train.jsonl": "What?\n" + json.dumps(GOOD)}, (), ("DATA",)),
     "damaged parquet": ({"train.parquet": "PAR1 and no more"}, (), ("DATA", "arquet")),
-    "null response": ({"train.jsonl": [GOOD, GOOD, GOOD | {"response": None}]}, (), ("row 2 ", "None")),
-    "null type": ({"train.jsonl": [GOOD, GOOD | {"type": None}]}, (), ("row 1 ", "None")),
-    "a number": ({"train.jsonl": [GOOD | {"response": 2}]}, (), ("row 0 ",)),
-    "a list": ({"train.jsonl": [GOOD | {"query": ["What?"]}]}, (), ("row 0 ",)),
+    "null response": ({"train.jsonl": [GOOD | {"response": None}]}, (), ("unusable 1", "1 null")),
+    "null type": ({"train.jsonl": [GOOD | {"type": None}]}, (), ("unusable 1", "1 without a text as type")),
+    "a number": ({"train.jsonl": [GOOD | {"response": 2}]}, (), ("unusable 1", "1 not a text")),
+    "a list": ({"train.jsonl": [GOOD | {"query": [["What?"]]}]}, (), ("unusable 1", "1 not a text")),
     "unknown split": ({"train.jsonl": [GOOD]}, ("--split", "validation"), ("'validation'", "train")),
     "all filtered": ({"train.jsonl": [GOOD] * 3}, ("--filter_type", "MA"), ("skipped by type 3", "--filter_type")),
     "all too long": ({"train.jsonl": [GOOD] * 3}, ("--max_len", 20), ("too long 3", "--max_len")),
@@ -578,7 +602,7 @@ def check_refusal(call, output, flags, parts):
         before = sorted(folder.iterdir())
         code, out, err = call(*flags)
         assert code not in (0, None)
-        assert out == ""
+        assert out == "" or out.startswith("columns ") and out.count("\n") == 1
         assert "Traceback" not in err
         last = err.strip().splitlines()[-1]
         assert "error: " in last
@@ -656,6 +680,9 @@ def test_real_run_on_bad_input(base, tmp_path):
     assert done.returncode == 1
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
-    sentence = "error: --dataset data has no column 'response'; its columns are query, type."
-    assert done.stderr.strip().splitlines()[-1] == sentence
+    sentence = done.stderr.strip().splitlines()[-1]
+    assert sentence.startswith(
+        "error: --dataset data: its columns are query, type, none of the known formats (messages; "
+    )
+    assert sentence.endswith("Say what they hold: --columns prompt=NAME answer=NAME, or --columns messages=NAME.")
     assert not list(tmp_path.glob("samples.pt*"))

@@ -148,14 +148,17 @@ def rounded(chunk: tuple[Tensor, Tensor], name: str, dtype: torch.dtype, trained
     return result.cpu().view(torch.uint8).numpy()
 
 
-def copy_side_files(base: Path, out: Path, dtype: str = "bfloat16", config: dict | None = None) -> dict[str, dict]:
+def copy_side_files(
+    base: Path, out: Path, dtype: str = "bfloat16", config: dict | None = None, new: dict[str, bytes] | None = None
+) -> dict[str, dict]:
     """Copies what a checkpoint holds besides its weights: config, tokenizer, code, licence. Returns manifest lines.
 
-    config: values for config.json; None where the key may as well be missing.
+    config: values for config.json; None where the key may as well be missing. new: files of the training, by name,
+    which replace those of the base.
     """
     names = [file.name for file in base.iterdir() if file.is_file() and file.suffix not in WEIGHTS]
-    names = [name for name in names if name != files.MANIFEST]
-    return {name: files.write(out / name, [side_file(base, name, dtype, config or {})]) for name in names}
+    contents = {name: side_file(base, name, dtype, config or {}) for name in names if name != files.MANIFEST}
+    return {name: files.write(out / name, [content]) for name, content in (contents | (new or {})).items()}
 
 
 def side_file(base: Path, name: str, dtype: str, config: dict) -> bytes:
@@ -186,7 +189,7 @@ def data_size(folder: Path, dtype: str) -> int:
 # ---------------------------------------------------------------- the adapters, in PEFT's format
 
 
-def save_adapter(model: PeftModel, base_name: str, out: Path) -> None:
+def save_adapter(model: PeftModel, base_name: str, out: Path, new: dict[str, bytes] | None = None) -> None:
     """Writes the adapters into the new folder `out`, as PEFT does, with a manifest. base_name: the base they belong to.
 
     PeftModel.from_pretrained(base, out) reads them, with the base loaded as LLaDAForCausalLM.
@@ -199,7 +202,8 @@ def save_adapter(model: PeftModel, base_name: str, out: Path) -> None:
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     weights = files.write(out / ADAPTER_WEIGHTS, content_of(tensors))
     config = files.existing(out / ADAPTER_CONFIG)
-    files.write_manifest(out, {"files": {ADAPTER_WEIGHTS: weights, ADAPTER_CONFIG: config}})
+    written = {name: files.write(out / name, [content]) for name, content in (new or {}).items()}
+    files.write_manifest(out, {"files": {ADAPTER_WEIGHTS: weights, ADAPTER_CONFIG: config} | written})
     files.sync(out)
 
 
