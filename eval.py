@@ -47,13 +47,17 @@ def parse_args() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="folder of a checkpoint, or hub id")
     what.add_argument("--compare", nargs=2, metavar=("BASE", "TUNED"), help="two of them, and a paired test")
-    parser.add_argument("--task", choices=TASKS, default="gsm8k", help="which problems, and when an answer is right")
-    parser.add_argument("--data", help=f"jsonl file instead of the hub's: {'/'.join(QUESTION)} and {'/'.join(GOLD)}")
-    parser.add_argument("--limit", type=int, default=0, help="only the first N problems; 0 = all")
-    parser.add_argument("--output", default="results", help="folder of the results")
+    parser.add_argument(
+        "--task", choices=TASKS, default="gsm8k", help="which problems, and when an answer is right (default: gsm8k)"
+    )
+    parser.add_argument(
+        "--data", help=f"jsonl file with {'/'.join(QUESTION)} and {'/'.join(GOLD)} (default: the hub's)"
+    )
+    parser.add_argument("--limit", type=int, default=0, help="only the first N problems (default: 0, which is all)")
+    parser.add_argument("--output", default="results", help="folder of the results (default: results)")
     add_flags(parser)
     add_wrap_flag(parser, "as the model was trained; metamath, if it does not say how")
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, default=16, help="problems that are answered at a time (default: 16)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     args = parser.parse_args()
     if args.batch_size < 1 or args.limit < 0:
@@ -160,7 +164,7 @@ def encode(name: str, problems: list[dict], settings: Settings, prompt_format: P
     folder = hub.local_folder(name)
     config = models.load_config(folder)
     models.check_tensors(folder, config)
-    decode.check_blocks(config, settings)
+    decode.check_settings(config, settings)
     tokenizer = hub.load_tokenizer(folder)
     prompts = [question_ids(tokenizer, problem["question"], prompt_format) for problem in problems]
     decode.make_canvas(config, prompts, settings.gen_length, "cpu")
@@ -239,9 +243,9 @@ def prepare(folder: Path, wanted: dict) -> None:
             if not path.exists():  # another run may have had the lock until now
                 files.replace(path, json.dumps(wanted, indent=2) + "\n")
     try:
-        before = json.loads(path.read_text())
+        before = asdict(Settings()) | json.loads(path.read_text())  # a newer setting had its default
         different = [key for key in wanted if before.get(key) != wanted[key]]
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, TypeError):
         raise InputError(f"{path} cannot be read; remove {folder}, or name another --output.") from None
     if different:
         key = different[0]

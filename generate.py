@@ -29,12 +29,16 @@ def parse_args() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="a text; its answer is printed")
     source.add_argument("--prompts", help='jsonl file with rows {"prompt": text}, and perhaps "infill": text')
-    parser.add_argument("--infill", help="an answer with gaps such as [MASK:12], of 12 tokens, to --prompt")
-    parser.add_argument("--output", help="jsonl file to write, with --prompts; must not exist yet")
+    parser.add_argument(
+        "--infill", help="an answer with gaps such as [MASK:12], of 12 tokens, to --prompt (default: none)"
+    )
+    parser.add_argument("--output", help="jsonl file to write, with --prompts; must not exist yet (default: none)")
     add_flags(parser)
-    parser.add_argument("--batch_size", type=int, default=16)
     add_wrap_flag(parser, "as the model was trained")
-    parser.add_argument("--raw", action="store_true", help="no chat template: continue the text, or begin one")
+    parser.add_argument("--batch_size", type=int, default=16, help="prompts that are answered at a time (default: 16)")
+    parser.add_argument(
+        "--raw", action="store_true", help="no chat template: continue the text, or begin one (default: off)"
+    )
     args = parser.parse_args()
     if bool(args.prompts) != bool(args.output) or args.batch_size < 1:
         parser.error("--prompts and --output belong together, and --batch_size must be at least 1")

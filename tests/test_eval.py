@@ -182,6 +182,21 @@ def test_another_run_is_not_mixed_in(whole, base, data, tmp_path, call):
     assert {file: file.read_bytes() for file in whole[0].iterdir()} == before
 
 
+def test_a_folder_that_is_older_than_a_setting_continues(whole, base, data, tmp_path, call):
+    """Settings that did not exist when it was made had their defaults; the others must be as they were."""
+    folder = shutil.copytree(whole[0], tmp_path / whole[0].name)
+    flags = ("--model", base, "--data", data, "--output", tmp_path, *SHORT)
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings.pop("suppress_tokens") == settings.pop("begin_suppress_tokens") == []
+    (folder / "settings.json").write_text(json.dumps(settings))
+    code, out, err = call(*flags)
+    assert code == 0 and out == whole[1], err
+    code, _, err = call(*flags, "--begin_suppress_tokens", 1, 7)
+    assert code == 1 and "begin_suppress_tokens was [], now it is [1, 7]" in err
+    code, _, err = call(*flags, "--suppress_tokens", 400)
+    assert code == 1 and "token 400 cannot be suppressed: the model has 400 tokens" in err
+
+
 @pytest.mark.parametrize(
     "lines, said",
     [

@@ -94,10 +94,11 @@ def stream(
 ) -> Iterator[tuple[Tensor, int]]:
     """decode, step by step: yields (ids (B, G), with masks where nothing is written yet, and rows so far)."""
     mask_id, steps = model.config.mask_token_id, settings.steps * settings.block_length // settings.gen_length
-    check_blocks(model.config, settings)
+    check_settings(model.config, settings)
     canvas = make_canvas(model.config, prompts, settings.gen_length, model.device)
     ids, rows = canvas.ids, 0  # (B, L)
     ends, open_rows = torch.tensor(end_ids, dtype=torch.long, device=ids.device), torch.arange(len(ids)).to(ids.device)
+    last = [*settings.begin_suppress_tokens, *(end_ids if settings.suppress_end else ())]
     finished = FinishedBlocks(model, canvas, settings) if block_diffusion_size(model.config) else None
     for start in range(canvas.start, ids.shape[1], settings.block_length):
         block, forward = slice(start, start + settings.block_length), None
@@ -114,7 +115,7 @@ def stream(
                 todo, logits = forward.rows, forward.again(ids)
             rows += len(todo) * (2 if settings.cfg_scale else 1)
             number = settings.block_length // steps + (step < settings.block_length % steps)
-            ids[todo, block] = commit(logits, ids[todo, block], mask_id, number, settings, ends, generator)
+            ids[todo, block] = commit(logits, ids[todo, block], mask_id, number, settings, last, generator)
             yield canvas.answers(), rows
         if settings.stop_at_end:
             over = (torch.isin(ids[open_rows, block], ends) & canvas.answer[open_rows, block]).any(dim=1)
@@ -146,7 +147,7 @@ def infill(
     for row, text in enumerate(texts):
         ids[row, : len(text)], seen[row, : len(text)] = torch.tensor(text), True
     canvas = Canvas(ids.to(model.device), seen.to(model.device), (ids == config.mask_token_id).to(model.device), 0)
-    ids, none = canvas.ids, torch.empty(0, device=model.device)
+    ids, last = canvas.ids, settings.begin_suppress_tokens
     per_step = -(-settings.gen_length // settings.steps)
     for start in range(0, longest, settings.block_length):
         window = slice(start, min(start + settings.block_length, longest))
@@ -154,7 +155,7 @@ def infill(
         while len(todo := (ids[:, window] == config.mask_token_id).any(dim=1).nonzero()[:, 0]):
             logits = Forward(model, canvas, todo, window, settings).first()
             old = ids[todo, window]
-            ids[todo, window] = commit(logits, old, config.mask_token_id, number, settings, none, generator)
+            ids[todo, window] = commit(logits, old, config.mask_token_id, number, settings, last, generator)
     return [row[: len(text)].tolist() for row, text in zip(ids, texts)]
 
 
@@ -226,12 +227,15 @@ def blocks_from_sample(config) -> bool:
 def settings_for(args: argparse.Namespace, config) -> Settings:
     """The settings of parsed flags for a model: a block-diffusion model has its own block length. Raises InputError."""
     settings = from_flags(args, block_diffusion_size(config))
-    check_blocks(config, settings)
+    check_settings(config, settings)
     return settings
 
 
-def check_blocks(config, settings: Settings) -> None:
-    """Refuses settings that a block-diffusion model was not trained for. Raises InputError."""
+def check_settings(config, settings: Settings) -> None:
+    """Refuses ids that a model does not have, and what a block-diffusion model cannot do. Raises InputError."""
+    for token in settings.suppress_tokens + settings.begin_suppress_tokens:
+        if token >= config.vocab_size:
+            raise InputError(f"token {token} cannot be suppressed: the model has {config.vocab_size:,} tokens.")
     size = block_diffusion_size(config)
     if size and settings.block_length != size:
         raise InputError(f"this checkpoint writes blocks of {size} tokens; give --block_length {size}.")
@@ -350,20 +354,27 @@ class Forward:
 
 
 def commit(
-    logits: Tensor, block: Tensor, mask_id: int, number: int, settings: Settings, ends: Tensor, generator=None
+    logits: Tensor, block: Tensor, mask_id: int, number: int, settings: Settings, last: list[int], generator=None
 ) -> Tensor:
     """Writes the `number` tokens of each row that the model is most confident of, or all above the threshold.
 
-    logits (R, K, V) fp32; block (R, K) ids with masks. Returns the block with the tokens written.
+    logits (R, K, V) fp32; block (R, K) ids with masks; last: ids that are written after all others. Confidence is the
+    probability among the tokens that are not in `last`, as in LLaDA's code. Returns the block with the tokens written.
     """
+    if settings.suppress_tokens:
+        logits = logits.index_fill(-1, torch.tensor(settings.suppress_tokens, device=logits.device), -torch.inf)
     never = torch.arange(logits.shape[-1], device=logits.device) == mask_id  # (V,): the mask is no token to write
     token = sample(logits.masked_fill(never, -torch.inf), settings.temperature, generator)  # (R, K)
     if settings.remasking == "random":
         confidence = torch.rand(token.shape, generator=generator, device=token.device)
     else:
-        confidence = logits.softmax(dim=-1).gather(-1, token[..., None])[..., 0]
-    if settings.suppress_end:
-        confidence = confidence - 2.0 * torch.isin(token, ends)  # after all others
+        confidence = probability(logits, token)
+    if last:
+        ids = torch.tensor(last, device=token.device)
+        late = torch.isin(token, ids)  # (R, K)
+        if settings.remasking != "random":
+            confidence = torch.where(late, confidence, probability(logits.index_fill(-1, ids, -torch.inf), token))
+        confidence = confidence - 2.0 * late
     masked = block == mask_id
     confidence = confidence.masked_fill(~masked, -torch.inf)
     chosen = torch.zeros_like(masked)
@@ -371,6 +382,11 @@ def commit(
     if settings.threshold:
         chosen |= confidence > settings.threshold
     return torch.where(chosen & masked, token, block)
+
+
+def probability(logits: Tensor, token: Tensor) -> Tensor:
+    """The probability of each position's token. (R, K, V), (R, K) -> (R, K)"""
+    return logits.softmax(dim=-1).gather(-1, token[..., None])[..., 0]
 
 
 def sample(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:

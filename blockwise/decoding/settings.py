@@ -2,33 +2,48 @@
 
 import argparse
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from blockwise.cli import InputError
 
 DTYPES = ("auto", "bfloat16", "float32")  # what decode.load takes
 
 
+def setting(default, text: str):
+    """A field of Settings with the help text of its flag."""
+    return field(default=default, metadata={"help": text})
+
+
+def token_ids(text: str):
+    """The same, for a list of token ids that is empty by default."""
+    return field(default_factory=list, metadata={"help": text})
+
+
 @dataclass
 class Settings:
-    """How to decode (decode.py). The last three trade accuracy for speed; with their defaults decoding is exact."""
+    """How to decode (decode.py). threshold, stop_at_end and cache trade accuracy for speed; by default it is exact."""
 
-    gen_length: int = 256  # tokens of the answer
-    block_length: int = 32  # tokens of a block; best the BLOCK_SIZE of training
-    steps: int = 256  # forward passes for the whole answer, shared evenly by the blocks
-    temperature: float = 0.0  # 0 = the most likely token, else Gumbel sampling
-    remasking: str = "low_confidence"  # which tokens wait: low_confidence, or random ones
-    cfg_scale: float = 0.0  # classifier-free guidance: a second pass with the prompt masked
-    suppress_end: bool = False  # write tokens that end an answer only when nothing else is left in the block
-    threshold: float = 0.0  # write every token whose confidence is above this; 0 = as many as steps says
-    stop_at_end: bool = False  # write no further blocks after one with a token that ends the answer
-    cache: str = "none"  # keys and values that are kept within a block: none, prefix, or dual (prefix and suffix)
+    gen_length: int = setting(256, "tokens of the answer, a multiple of --block_length")
+    block_length: int = setting(32, "tokens of a block; best the BLOCK_SIZE of the training")
+    steps: int = setting(256, "forward passes for the whole answer, shared evenly by the blocks")
+    temperature: float = setting(0.0, "0 writes the most likely token, more draws from the probabilities")
+    remasking: str = setting("low_confidence", "which tokens wait: low_confidence, or random ones")
+    cfg_scale: float = setting(0.0, "classifier-free guidance: a second pass with the prompt masked")
+    suppress_end: bool = setting(False, "write tokens that end an answer last in their block")
+    threshold: float = setting(0.0, "write every token whose probability is above this; 0 = as many as --steps says")
+    stop_at_end: bool = setting(False, "write no further blocks after one with a token that ends the answer")
+    cache: str = setting("none", "keep keys and values within a block: none, prefix, or dual (prefix and suffix)")
+    suppress_tokens: list = token_ids("ids of tokens that are never written")
+    begin_suppress_tokens: list = token_ids("ids of tokens that are written last in their block")
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not field.type and not (type(value) is int and field.type is float):
-                raise InputError(f"{field.name} {value!r} is not of type {field.type.__name__}.")
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.type is list:
+                if type(value) is not list or any(type(token) is not int or token < 0 for token in value):
+                    raise InputError(f"{one.name} {value!r} is not a list of token ids, such as [126081,126348].")
+            elif type(value) is not one.type and not (type(value) is int and one.type is float):
+                raise InputError(f"{one.name} {value!r} is not of type {one.type.__name__}.")
         blocks, rest = divmod(self.gen_length, self.block_length) if self.block_length > 0 else (0, 1)
         if rest or blocks < 1:
             raise InputError(f"gen_length {self.gen_length} is not a multiple of block_length {self.block_length}.")
@@ -44,17 +59,23 @@ class Settings:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds a flag for each setting to an argparse parser, and those for adapters, numbers and random draws."""
-    for field in fields(Settings):
-        if field.type is bool:
-            parser.add_argument(f"--{field.name}", action="store_true")
-        elif field.name == "block_length":
-            said = f"tokens of a block (default: {field.default}, or that of a block-diffusion checkpoint)"
-            parser.add_argument("--block_length", type=int, help=said)
+    for one in fields(Settings):
+        flag, text = f"--{one.name}", one.metadata["help"]
+        if one.type is bool:
+            parser.add_argument(flag, action="store_true", help=f"{text} (default: off)")
+        elif one.type is list:
+            parser.add_argument(flag, type=int, nargs="+", default=[], metavar="ID", help=f"{text} (default: none)")
+        elif one.name == "block_length":
+            text = f"{text} (default: {one.default}, or that of a block-diffusion checkpoint)"
+            parser.add_argument(flag, type=int, help=text)
         else:
-            parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
-    parser.add_argument("--adapter", help="folder of LoRA adapters in PEFT's format, run on --model without merging")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: float32 on CPU")
-    parser.add_argument("--seed", type=int, default=0, help="of temperature and random remasking")
+            parser.add_argument(flag, type=one.type, default=one.default, help=f"{text} (default: {one.default})")
+    parser.add_argument(
+        "--adapter", help="folder of LoRA adapters in PEFT's format, run on --model without merging (default: none)"
+    )
+    text = "number type of the weights (default: auto, which is float32 on a CPU and the checkpoint's own on a GPU)"
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help=text)
+    parser.add_argument("--seed", type=int, default=0, help="of --temperature and random remasking (default: 0)")
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -69,7 +90,7 @@ def from_flags(args: argparse.Namespace, block_length: int | None = None) -> Set
     """
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed {args.seed} must be at least 0 and below 2^63.")
-    values = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    values = {one.name: getattr(args, one.name) for one in fields(Settings)}
     if args.block_length is None:
         values["block_length"] = block_length or Settings.block_length
     return Settings(**values)

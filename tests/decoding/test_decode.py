@@ -28,8 +28,11 @@ def prompts():
 
 
 @torch.no_grad()
-def literal(model, prompt, gen_length, block_length, steps, cfg_scale=0.0, suppress_end=False, threshold=0.0):
-    """The algorithm as it is written down, for one prompt. Returns ids and the number of forward passes."""
+def literal(model, prompt, gen_length, block_length, steps, cfg_scale=0.0, threshold=0.0, never=(), last=()):
+    """The algorithm as it is written down, for one prompt. Returns ids and the number of forward passes.
+
+    never: tokens that are not written; last: tokens that are written when all others of the block are.
+    """
     canvas = prompt + [MASK] * gen_length
     per_block, taken = steps // (gen_length // block_length), 0
     for start in range(len(prompt), len(canvas), block_length):
@@ -46,9 +49,14 @@ def literal(model, prompt, gen_length, block_length, steps, cfg_scale=0.0, suppr
                 logits = blind + (cfg_scale + 1) * (logits - blind)
             candidates = []
             for i in open_positions:
-                probability = torch.softmax(logits[i], dim=0)
-                token = int(logits[i].argmax())
-                confidence = float(probability[token]) - 2.0 * (suppress_end and token in END)
+                possible = logits[i].clone()
+                possible[list(never)] = -torch.inf
+                token = int(possible.argmax())
+                if token in last:
+                    confidence = float(torch.softmax(possible, dim=0)[token]) - 2.0
+                else:
+                    possible[list(last)] = -torch.inf
+                    confidence = float(torch.softmax(possible, dim=0)[token])
                 candidates.append((confidence, i, token))
             candidates.sort(key=lambda candidate: -candidate[0])
             above = sum(confidence > threshold for confidence, _, _ in candidates) if threshold else 0
@@ -72,13 +80,40 @@ def test_a_ragged_batch_gives_the_tokens_of_the_literal_version(model, prompts, 
         assert decode.decode(model, [prompt], settings)[0].tolist() == [answer]
 
 
-@pytest.mark.parametrize("options", [{"cfg_scale": 1.5}, {"suppress_end": True}, {"threshold": 0.02}])
-def test_options_against_the_literal_version(model, prompts, options):
+@pytest.mark.parametrize(
+    "options, meaning",
+    [
+        ({"cfg_scale": 1.5}, {"cfg_scale": 1.5}),
+        ({"threshold": 0.02}, {"threshold": 0.02}),
+        ({"suppress_end": True}, {"last": END}),
+        ({"begin_suppress_tokens": [293, 5]}, {"last": (293, 5)}),
+        ({"suppress_end": True, "begin_suppress_tokens": [5, 8], "threshold": 0.02},
+         {"last": (*END, 5, 8), "threshold": 0.02}),
+        ({"suppress_tokens": [120], "begin_suppress_tokens": [293]}, {"never": (120,), "last": (293,)}),
+    ],
+)  # fmt: skip
+def test_options_against_the_literal_version(model, prompts, options, meaning):
     ids, rows = decode.decode(model, prompts, Settings(16, 8, 16, **options), END)
-    wanted = [literal(model, prompt, 16, 8, 16, **options) for prompt in prompts]
+    wanted = [literal(model, prompt, 16, 8, 16, **meaning) for prompt in prompts]
     assert ids.tolist() == [answer for answer, _ in wanted] and rows == sum(taken for _, taken in wanted)
     plain, plain_rows = decode.decode(model, prompts, Settings(16, 8, 16), END)
     assert plain.tolist() != ids.tolist() and ("threshold" not in options or rows < plain_rows)
+
+
+def test_suppressed_tokens_are_never_written(model, prompts):
+    """Not even with random remasking, at a temperature, or in gaps; those that are written last still occur."""
+    plain, _ = decode.decode(model, prompts, Settings(16, 8, 16))
+    assert all((plain == token).any() for token in END)
+    for options in ({}, {"remasking": "random", "temperature": 0.5}):
+        ids, _ = decode.decode(model, prompts, Settings(16, 8, 16, suppress_tokens=list(END), **options))
+        assert not torch.isin(ids, torch.tensor(END)).any() and not (ids == MASK).any()
+    ids, _ = decode.decode(model, prompts, Settings(16, 8, 16, begin_suppress_tokens=list(END)))
+    assert torch.isin(ids, torch.tensor(END)).any()
+    texts, settings = [prompt + [MASK] * 8 for prompt in prompts], Settings(16, 8, 16)
+    filled = decode.infill(model, texts, settings)
+    settings.suppress_tokens = [token for token in END if any(token in text for text in filled)]
+    assert settings.suppress_tokens
+    assert not any(token in text[-8:] for text in decode.infill(model, texts, settings) for token in END)
 
 
 def test_a_causal_model_would_decode_otherwise(model, prompts):
@@ -188,6 +223,13 @@ def test_the_head_is_computed_for_the_block_only(model, prompts):
         ({"cache": "all"}, "cache 'all'"),
         ({"threshold": "high"}, "threshold 'high' is not of type float"),
         ({"steps": 256.0}, "steps 256.0 is not of type int"),
+        (
+            {"suppress_tokens": "[1;2]"},
+            r"suppress_tokens '\[1;2\]' is not a list of token ids, such as \[126081,126348",
+        ),
+        ({"suppress_tokens": 7}, "suppress_tokens 7 is not a list of token ids"),
+        ({"begin_suppress_tokens": [-1]}, r"begin_suppress_tokens \[-1\] is not a list of token ids"),
+        ({"begin_suppress_tokens": [1.0]}, r"begin_suppress_tokens \[1.0\] is not a list of token ids"),
         ({"temperature": float("inf")}, "temperature and cfg_scale must be"),
         ({"cfg_scale": float("nan")}, "temperature and cfg_scale must be"),
     ],
@@ -195,6 +237,12 @@ def test_the_head_is_computed_for_the_block_only(model, prompts):
 def test_settings_that_do_not_fit_are_refused(options, said):
     with pytest.raises(InputError, match=said):
         Settings(**options)
+
+
+@pytest.mark.parametrize("name", ["suppress_tokens", "begin_suppress_tokens"])
+def test_tokens_that_the_model_does_not_have_cannot_be_suppressed(model, name):
+    with pytest.raises(InputError, match="token 400 cannot be suppressed: the model has 400 tokens"):
+        decode.decode(model, [[5]], Settings(8, 8, 8, **{name: [399, 400]}))
 
 
 def test_an_empty_prompt_lets_the_model_begin(model):
