@@ -1,4 +1,9 @@
-"""The machinery behind the scripts. Importing it registers LLaDA and LLaDA-MoE with transformers' Auto classes.
+"""Importing it registers LLaDA and LLaDA-MoE with transformers' Auto classes; the machinery behind the scripts.
+
+    import blockwise
+
+    model, tokenizer = blockwise.load("ckpts_mine_step0050")
+    print(blockwise.generate(model, tokenizer, "What is 3 + 4?", gen_length=16, block_length=8, steps=16))
 
 torch and transformers take seconds to import, and a mistyped flag is reported without waiting for them. So, if
 transformers is not imported yet, they are registered as soon as it is.
@@ -7,6 +12,13 @@ transformers is not imported yet, they are registered as soon as it is.
 import sys
 from importlib import import_module
 from importlib.abc import MetaPathFinder
+
+
+def __getattr__(name: str):
+    """load and generate, which are in blockwise/decoding/api.py, once somebody asks for them."""
+    if name in ("load", "generate"):
+        return getattr(import_module("blockwise.decoding.api"), name)
+    raise AttributeError(f"module 'blockwise' has no attribute {name!r}")
 
 
 class RegisterAfterImport(MetaPathFinder):

@@ -5,10 +5,12 @@ keys and tensors (GSAI-ML/LLaDA-8B-Instruct: config.json, modeling_llada.py). Im
 type `llada`, so that `AutoModelForCausalLM.from_pretrained(folder, dtype="auto")` and `AutoTokenizer` work as usual.
 """
 
+import functools
 import re
+from collections.abc import Callable
 
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, LlamaConfig, LlamaForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
@@ -100,6 +102,24 @@ register_checkpoint_conversion_mapping(
         for theirs, llama in MODULES.items()
     ],
 )
+
+
+def refuse_mask_predictors(generate: Callable) -> Callable:
+    """transformers' generate, which would silently write one token after another with a model that predicts masks."""
+
+    @functools.wraps(generate)
+    def checked(model, *args, **kwargs):
+        if getattr(model.config, "is_causal", True) is False:
+            raise InputError(
+                "this model predicts masks, and model.generate() would sample it autoregressively; decode it block by "
+                'block: import blockwise; blockwise.generate(model, tokenizer, "your question").'
+            )
+        return generate(model, *args, **kwargs)
+
+    return checked
+
+
+GenerationMixin.generate = refuse_mask_predictors(GenerationMixin.generate)
 
 
 def hub_name(tensor: str) -> str:

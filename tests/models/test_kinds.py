@@ -11,6 +11,7 @@ from test_llada import TINY
 from test_llada_moe import write as write_llada_moe
 from transformers import AutoModelForCausalLM
 
+from blockwise.cli import InputError
 from blockwise.decoding import decode
 from blockwise.decoding.settings import Settings
 from blockwise.models import base as models
@@ -133,6 +134,8 @@ def test_it_decodes(trained):
     assert ((both >= 0) & (both < 448) & (both != trained.config.mask_token_id)).all()
     for row, prompt in zip(both, prompts):
         assert torch.equal(row, decode.decode(model, [prompt], settings)[0][0])
+    with pytest.raises(InputError, match=r"blockwise\.generate"):  # it would be sampled autoregressively
+        model.generate(torch.tensor(prompts[:1]))
     ends = decode.end_ids(model, tokenizer)
     assert (9 in ends) is (trained.name in ("LLaDA-1.5", "LLaDA-MoE"))
     first = both[0, 0].item()
