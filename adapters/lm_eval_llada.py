@@ -49,9 +49,8 @@ class LLaDA(TemplateLM):
         self._rank, self._world_size, self._device = ranks.rank, ranks.world_size, ranks.device
         if self._world_size > 1 and not dist.is_initialized():
             dist.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may have many more tokens to write
-        if (
-            self._world_size == 1 and device and torch.cuda.is_available()
-        ):  # the harness says "cuda" on machines without a GPU, too
+        # the harness says "cuda" on machines without a GPU, too
+        if self._world_size == 1 and device and torch.cuda.is_available():
             self._device = torch.device(device)
         self.batch_size, self.mc_num, self.is_check_greedy = int(batch_size), int(mc_num), is_check_greedy
         self.model, self.tokenizer = decode.load(pretrained, dtype, self._device, adapter)
