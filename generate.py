@@ -9,6 +9,10 @@ in.jsonl has rows {"prompt": text}, out.jsonl rows {"prompt", "completion", "tok
 
 With --infill, the answer is given with gaps, each of a number of tokens, and printed with them filled in. In in.jsonl,
 it is the row's "infill"; out.jsonl then has the fillings as "filled".
+
+    python generate.py --model FOLDER --prompt "What is 3 + 4?" --film film.html
+
+film.html is a page that shows step by step how the answer was written.
 """
 
 import argparse
@@ -31,6 +35,7 @@ def parse_args() -> argparse.Namespace:
     source.add_argument("--prompts", help='jsonl file with rows {"prompt": text}, and perhaps "infill": text')
     parser.add_argument("--infill", help="an answer with gaps such as [MASK:12], of 12 tokens, to --prompt")
     parser.add_argument("--output", help="jsonl file to write, with --prompts; must not exist yet")
+    parser.add_argument("--film", help="page to write: how the answer to --prompt came about; must not exist yet")
     add_flags(parser)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--raw", action="store_true", help="no chat template: continue the text, or begin one")
@@ -39,14 +44,17 @@ def parse_args() -> argparse.Namespace:
         parser.error("--prompts and --output belong together, and --batch_size must be at least 1")
     if args.infill is not None and args.prompts:
         parser.error('with --prompts, the answers with gaps are the "infill" of its rows')
+    if args.film and args.prompts:
+        parser.error("--film shows the answer to one --prompt")
     return args
 
 
 def main():
     args = parse_args()
     check_flags(args)
-    if args.output:
-        check_output(Path(args.output))
+    for flag in ("output", "film"):
+        if getattr(args, flag):
+            check_output(flag, Path(getattr(args, flag)))
     texts, gaps = ([args.prompt], [args.infill]) if args.prompt is not None else read_prompts(args.prompts, args.raw)
     if not texts[0].strip() and not args.raw:
         raise InputError("--prompt is empty; with --raw, an empty one lets the model begin by itself.")
@@ -59,6 +67,9 @@ def main():
     settings = decode.settings_for(args, model.config)
     ends, generator = decode.end_ids(model, tokenizer), torch.Generator(model.device).manual_seed(args.seed)
     prompts = [encode(tokenizer, text, args.raw) for text in texts]
+    if args.film:
+        write_film(model, tokenizer, prompts[0], gaps[0], ends, args, settings, generator)
+        return
     if gaps[0] is not None:
         fill(model, tokenizer, texts, prompts, gaps, args, settings, generator)
         return
@@ -96,6 +107,20 @@ def fill(model, tokenizer, texts: list, prompts: list, gaps: list, args, setting
     bar.close()
 
 
+def write_film(model, tokenizer, prompt: list[int], gaps: str | None, ends: list, args, settings, generator) -> None:
+    """Prints the answer to one prompt, or the one with its gaps filled in, and writes its film. Raises InputError."""
+    from blockwise.decoding import decode, film
+
+    masked = None if gaps is None else with_masks(tokenizer, model.config.mask_token_id, gaps)[0]
+    shown = film.record(model, prompt, settings, ends, generator, masked)
+    ends = ends if gaps is None else []  # what stands behind a gap is not behind the end
+    print(decode.completion(tokenizer, [token.id for token in shown.tokens], ends))
+    name = f"{args.model} + {args.adapter}" if args.adapter else args.model
+    with files.writing(f"--film {args.film}"):
+        page = film.page(shown, tokenizer, ends, settings, args.prompt, name)
+        files.replace(args.film, page.encode(errors="replace"))  # a folder's name may be in other bytes
+
+
 def with_masks(tokenizer, mask_id: int, text: str) -> tuple[list[int], list[slice]]:
     """An answer with gaps as ids, [MASK:3] as three masks, and where the gaps are. Raises InputError."""
     ids, places, parts = [], [], re.split(r"\[MASK:(\d+)\]", text)
@@ -110,12 +135,12 @@ def with_masks(tokenizer, mask_id: int, text: str) -> tuple[list[int], list[slic
     return ids, places
 
 
-def check_output(path: Path) -> None:
+def check_output(flag: str, path: Path) -> None:
     """Refuses a file that already exists or cannot be made, before any work. Raises InputError."""
     if path.exists():
-        raise InputError(f"--output {path} already exists; remove it, or name another file.")
+        raise InputError(f"--{flag} {path} already exists; remove it, or name another file.")
     if not os.access(path.parent, os.W_OK):
-        raise InputError(f"--output {path}: {path.parent} is not a folder that can be written to.")
+        raise InputError(f"--{flag} {path}: {path.parent} is not a folder that can be written to.")
 
 
 def read_prompts(path: str, raw: bool) -> tuple[list[str], list[str | None]]:
