@@ -27,7 +27,7 @@ from blockwise import engine as engines
 from blockwise.cli import STOPPED, InputError, progress
 from blockwise.data import Samples, derive_seed, make_samples, read_pt, schedule
 from blockwise.models import base as models
-from blockwise.models import checkpoint, hub
+from blockwise.models import card, checkpoint, hub
 from blockwise.previews import Previews
 from blockwise.run import constants, files, resume, signals
 from blockwise.run.logs import Logs
@@ -158,6 +158,7 @@ class Run:
     engine: deepspeed.DeepSpeedEngine
     previews: Previews | None
     entries: dict[str, object]  # for the config.json of the checkpoints
+    constants: dict  # see constants_of; for the cards of the checkpoints
 
 
 def start(
@@ -179,17 +180,22 @@ def start(
     )  # (P, 2)
     steps = plan_steps(knobs, ranks, samples, plan)
     engines.start_group()
-    folder = ranks.on_first_rank(lambda: open_folder(knobs, ranks, steps, base))
+    folder, now = ranks.on_first_rank(lambda: open_folder(knobs, ranks, steps, base))
     ranks.on_all_ranks(lambda: hold_folder(folder, ranks))
     model = engines.load_model(base, knobs, ranks)
     model.config.update(entries)
     engine = engines.start_engine(model, knobs, steps)
     samples, plan, logs = samples.to(ranks.device), plan.to(ranks.device), Logs(ranks, folder.path)
-    return Run(knobs, ranks, base, samples, plan, noise, loss, steps, folder, logs, model, engine, previews, entries)
+    return Run(
+        knobs, ranks, base, samples, plan, noise, loss, steps, folder, logs, model, engine, previews, entries, now
+    )  # fmt: skip
 
 
-def open_folder(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: Path) -> RunFolder:
-    """Finds the folder of the run to resume, or makes that of a new one, and locks it. Raises InputError."""
+def open_folder(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: Path) -> tuple[RunFolder, dict]:
+    """Finds the folder of the run to resume, or makes that of a new one, and locks it. Raises InputError.
+
+    Returns the folder and the constants in force.
+    """
     folder = run_to_resume(knobs.CKPT_DIR) if knobs.RESUME else None
     if knobs.RESUME and not folder:
         print0(ranks, "resume", f"there is no run of {knobs.CKPT_DIR} yet: this one is new")
@@ -201,7 +207,7 @@ def open_folder(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: Path) ->
     folder.remove_unfinished()
     files.lock(folder.path, shared=True)
     print0(ranks, "run", f"{folder.path}/, checkpoints {folder.checkpoint(steps)}/")
-    return folder
+    return folder, now
 
 
 def hold_folder(folder: RunFolder, ranks: Ranks) -> None:
@@ -325,9 +331,11 @@ def save_checkpoint(run: Run, step: int) -> None:
         updates = checkpoint.updates(run.model)
         written, rounding = checkpoint.merge_weights(base, unfinished, updates, dtype, ranks.rank, ranks.world_size)
         if ranks.rank == 0:
-            written |= checkpoint.copy_side_files(base, unfinished, dtype, config_of(run))
+            text = card.card(run.constants, step, base)
+            written |= checkpoint.copy_side_files(base, unfinished, dtype, config_of(run), text)
             if run.knobs.LORA_RANK:
-                checkpoint.save_adapter(run.model, base_name, unfinished / checkpoint.ADAPTER)
+                text = card.card(run.constants, step, base, adapter=True)
+                checkpoint.save_adapter(run.model, base_name, unfinished / checkpoint.ADAPTER, text)
         if not run.knobs.LORA_RANK:  # with BF16, the trained weights are rounded before they are saved
             rounding.error += engines.rounding_of_weights(run.engine)
         return written

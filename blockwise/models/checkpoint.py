@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 import masking
 from blockwise.cli import InputError
 from blockwise.models import base as models
+from blockwise.models.card import README
 from blockwise.models.hub import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, adapter_files, reason, weight_files
 from blockwise.run import files
 from blockwise.run.tensors import DTYPES, content_of
@@ -148,14 +149,17 @@ def rounded(chunk: tuple[Tensor, Tensor], name: str, dtype: torch.dtype, trained
     return result.cpu().view(torch.uint8).numpy()
 
 
-def copy_side_files(base: Path, out: Path, dtype: str = "bfloat16", config: dict | None = None) -> dict[str, dict]:
+def copy_side_files(
+    base: Path, out: Path, dtype: str = "bfloat16", config: dict | None = None, card: str | None = None
+) -> dict[str, dict]:
     """Copies what a checkpoint holds besides its weights: config, tokenizer, code, licence. Returns manifest lines.
 
-    config: values for config.json; None where the key may as well be missing.
+    config: values for config.json; None where the key may as well be missing. card: its README.md; None: the base's.
     """
     names = [file.name for file in base.iterdir() if file.is_file() and file.suffix not in WEIGHTS]
-    names = [name for name in names if name != files.MANIFEST]
-    return {name: files.write(out / name, [side_file(base, name, dtype, config or {})]) for name in names}
+    names = [name for name in names if name not in (files.MANIFEST, README if card else None)]
+    written = {name: files.write(out / name, [side_file(base, name, dtype, config or {})]) for name in names}
+    return written | ({README: files.write(out / README, [card.encode()])} if card else {})
 
 
 def side_file(base: Path, name: str, dtype: str, config: dict) -> bytes:
@@ -186,10 +190,10 @@ def data_size(folder: Path, dtype: str) -> int:
 # ---------------------------------------------------------------- the adapters, in PEFT's format
 
 
-def save_adapter(model: PeftModel, base_name: str, out: Path) -> None:
+def save_adapter(model: PeftModel, base_name: str, out: Path, card: str | None = None) -> None:
     """Writes the adapters into the new folder `out`, as PEFT does, with a manifest. base_name: the base they belong to.
 
-    PeftModel.from_pretrained(base, out) reads them, with the base loaded as LLaDAForCausalLM.
+    card: their README.md. PeftModel.from_pretrained(base, out) reads them, with the base loaded as LLaDAForCausalLM.
     """
     out.mkdir()
     config = copy.copy(model.peft_config["default"])
@@ -197,9 +201,11 @@ def save_adapter(model: PeftModel, base_name: str, out: Path) -> None:
     config.target_modules = sorted(config.target_modules)  # a set, whose order is another in every process
     config.save_pretrained(out)
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    weights = files.write(out / ADAPTER_WEIGHTS, content_of(tensors))
-    config = files.existing(out / ADAPTER_CONFIG)
-    files.write_manifest(out, {"files": {ADAPTER_WEIGHTS: weights, ADAPTER_CONFIG: config}})
+    written = {ADAPTER_WEIGHTS: files.write(out / ADAPTER_WEIGHTS, content_of(tensors))}
+    written[ADAPTER_CONFIG] = files.existing(out / ADAPTER_CONFIG)
+    if card:
+        written[README] = files.write(out / README, [card.encode()])
+    files.write_manifest(out, {"files": written})
     files.sync(out)
 
 
