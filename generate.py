@@ -9,6 +9,10 @@ in.jsonl has rows {"prompt": text}, out.jsonl rows {"prompt", "completion", "tok
 
 With --infill, the answer is given with gaps, each of a number of tokens, and printed with them filled in. In in.jsonl,
 it is the row's "infill"; out.jsonl then has the fillings as "filled".
+
+    python generate.py --model FOLDER --prompt "What is 3 + 4?" --film film.html
+
+film.html is a page that shows step by step how the answer was written.
 """
 
 import argparse
@@ -33,6 +37,8 @@ def parse_args() -> argparse.Namespace:
         "--infill", help="an answer with gaps such as [MASK:12], of 12 tokens, to --prompt (default: none)"
     )
     parser.add_argument("--output", help="jsonl file to write, with --prompts; must not exist yet (default: none)")
+    said = "page to write: how the answer to --prompt came about; must not exist yet (default: none)"
+    parser.add_argument("--film", help=said)
     add_flags(parser)
     add_wrap_flag(parser, "as the model was trained")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts that are answered at a time (default: 16)")
@@ -46,6 +52,8 @@ def parse_args() -> argparse.Namespace:
         parser.error('with --prompts, the answers with gaps are the "infill" of its rows')
     if args.raw and args.wrap:
         parser.error("--raw takes no --wrap")
+    if args.film and args.prompts:
+        parser.error("--film shows the answer to one --prompt")
     return args
 
 
@@ -53,8 +61,9 @@ def main():
     args = parse_args()
     check_flags(args)
     wrap = args.wrap and wrap_text(args.wrap)
-    if args.output:
-        check_output(Path(args.output))
+    for flag in ("output", "film"):
+        if getattr(args, flag):
+            check_output(flag, Path(getattr(args, flag)))
     texts, gaps = ([args.prompt], [args.infill]) if args.prompt is not None else read_prompts(args.prompts, args.raw)
     if not texts[0].strip() and not args.raw:
         raise InputError("--prompt is empty; with --raw, an empty one lets the model begin by itself.")
@@ -68,6 +77,9 @@ def main():
     ends, generator = decode.end_ids(model, tokenizer), torch.Generator(model.device).manual_seed(args.seed)
     prompt_format = None if args.raw else format_of(args.model, args.adapter, wrap, PLAIN)
     prompts = [encode(tokenizer, text, prompt_format) for text in texts]
+    if args.film:
+        write_film(model, tokenizer, prompts[0], gaps[0], ends, args, settings, generator)
+        return
     if gaps[0] is not None:
         fill(model, tokenizer, texts, prompts, gaps, args, settings, generator)
         return
@@ -105,6 +117,20 @@ def fill(model, tokenizer, texts: list, prompts: list, gaps: list, args, setting
     bar.close()
 
 
+def write_film(model, tokenizer, prompt: list[int], gaps: str | None, ends: list, args, settings, generator) -> None:
+    """Prints the answer to one prompt, or the one with its gaps filled in, and writes its film. Raises InputError."""
+    from blockwise.decoding import decode, film
+
+    masked = None if gaps is None else with_masks(tokenizer, model.config.mask_token_id, gaps)[0]
+    shown = film.record(model, prompt, settings, ends, generator, masked)
+    ends = ends if gaps is None else []  # what stands behind a gap is not behind the end
+    print(decode.completion(tokenizer, [token.id for token in shown.tokens], ends))
+    name = f"{args.model} + {args.adapter}" if args.adapter else args.model
+    with files.writing(f"--film {args.film}"):
+        page = film.page(shown, tokenizer, ends, settings, args.prompt, name)
+        files.replace(args.film, page.encode(errors="replace"))  # a folder's name may be in other bytes
+
+
 def with_masks(tokenizer, mask_id: int, text: str) -> tuple[list[int], list[slice]]:
     """An answer with gaps as ids, [MASK:3] as three masks, and where the gaps are. Raises InputError."""
     ids, places, parts = [], [], re.split(r"\[MASK:(\d+)\]", text)
@@ -119,12 +145,12 @@ def with_masks(tokenizer, mask_id: int, text: str) -> tuple[list[int], list[slic
     return ids, places
 
 
-def check_output(path: Path) -> None:
+def check_output(flag: str, path: Path) -> None:
     """Refuses a file that already exists or cannot be made, before any work. Raises InputError."""
     if path.exists():
-        raise InputError(f"--output {path} already exists; remove it, or name another file.")
+        raise InputError(f"--{flag} {path} already exists; remove it, or name another file.")
     if not os.access(path.parent, os.W_OK):
-        raise InputError(f"--output {path}: {path.parent} is not a folder that can be written to.")
+        raise InputError(f"--{flag} {path}: {path.parent} is not a folder that can be written to.")
 
 
 def read_prompts(path: str, raw: bool) -> tuple[list[str], list[str | None]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 OWN = ("bash demo.sh", "bash test.sh")  # .ci/run itself
-WRITTEN = ("ckpts_mine*", "ckpts_infill*", "results", "demo_run/results_*")
+WRITTEN = ("ckpts_mine*", "ckpts_infill*", "results", "demo_run/results_*", "film.html")
 
 
 def blocks(language: str) -> list[str]:

@@ -27,7 +27,7 @@ from blockwise import engine as engines
 from blockwise.cli import STOPPED, InputError, progress
 from blockwise.data import Samples, derive_seed, make_samples, read_pt, schedule, stored_format
 from blockwise.models import base as models
-from blockwise.models import checkpoint, hub
+from blockwise.models import card, checkpoint, hub
 from blockwise.previews import Previews
 from blockwise.prompts import FILE
 from blockwise.run import constants, files, resume, signals
@@ -159,6 +159,7 @@ class Run:
     engine: deepspeed.DeepSpeedEngine
     previews: Previews | None
     entries: dict[str, object]  # for the config.json of the checkpoints
+    constants: dict  # see constants_of; for the cards of the checkpoints
     new_files: dict[str, bytes]  # that checkpoints and adapters have besides those of the base
 
 
@@ -182,7 +183,7 @@ def start(
     )  # (P, 2)
     steps = plan_steps(knobs, ranks, samples, plan)
     engines.start_group()
-    folder = ranks.on_first_rank(lambda: open_folder(knobs, ranks, steps, base))
+    folder, now = ranks.on_first_rank(lambda: open_folder(knobs, ranks, steps, base))
     ranks.on_all_ranks(lambda: hold_folder(folder, ranks))
     model = engines.load_model(base, knobs, ranks)
     model.config.update(entries)
@@ -190,12 +191,16 @@ def start(
     samples, plan, logs = samples.to(ranks.device), plan.to(ranks.device), Logs(ranks, folder.path)
     new_files = {FILE: stored.to_json()} if stored else {}  # if the data does not say, that of the base stays
     return Run(
-        knobs, ranks, base, samples, plan, noise, loss, steps, folder, logs, model, engine, previews, entries, new_files
-    )
+        knobs, ranks, base, samples, plan, noise, loss, steps, folder, logs, model, engine, previews, entries, now,
+        new_files,
+    )  # fmt: skip
 
 
-def open_folder(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: Path) -> RunFolder:
-    """Finds the folder of the run to resume, or makes that of a new one, and locks it. Raises InputError."""
+def open_folder(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: Path) -> tuple[RunFolder, dict]:
+    """Finds the folder of the run to resume, or makes that of a new one, and locks it. Raises InputError.
+
+    Returns the folder and the constants in force.
+    """
     folder = run_to_resume(knobs.CKPT_DIR) if knobs.RESUME else None
     if knobs.RESUME and not folder:
         print0(ranks, "resume", f"there is no run of {knobs.CKPT_DIR} yet: this one is new")
@@ -207,7 +212,7 @@ def open_folder(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: Path) ->
     folder.remove_unfinished()
     files.lock(folder.path, shared=True)
     print0(ranks, "run", f"{folder.path}/, checkpoints {folder.checkpoint(steps)}/")
-    return folder
+    return folder, now
 
 
 def hold_folder(folder: RunFolder, ranks: Ranks) -> None:
@@ -331,9 +336,11 @@ def save_checkpoint(run: Run, step: int) -> None:
         updates = checkpoint.updates(run.model)
         written, rounding = checkpoint.merge_weights(base, unfinished, updates, dtype, ranks.rank, ranks.world_size)
         if ranks.rank == 0:
-            written |= checkpoint.copy_side_files(base, unfinished, dtype, config_of(run), run.new_files)
+            new = run.new_files | {card.README: card.card(run.constants, step, base).encode()}
+            written |= checkpoint.copy_side_files(base, unfinished, dtype, config_of(run), new)
             if run.knobs.LORA_RANK:
-                checkpoint.save_adapter(run.model, base_name, unfinished / checkpoint.ADAPTER, run.new_files)
+                new = run.new_files | {card.README: card.card(run.constants, step, base, adapter=True).encode()}
+                checkpoint.save_adapter(run.model, base_name, unfinished / checkpoint.ADAPTER, new)
         if not run.knobs.LORA_RANK:  # with BF16, the trained weights are rounded before they are saved
             rounding.error += engines.rounding_of_weights(run.engine)
         return written

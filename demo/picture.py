@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from blockwise.cli import run_script
-from blockwise.decoding import decode
+from blockwise.decoding import decode, film
 from blockwise.decoding.settings import Settings
 from blockwise.prompts import METAMATH, question_ids
 
@@ -28,17 +28,11 @@ STYLE = """text { font: 15px ui-monospace, Menlo, Consolas, monospace; fill: #24
 .frame { fill: none; stroke: #0969da; stroke-width: 2 }"""
 
 
-def film(model, tokenizer, block: int, length: int) -> tuple[list[str], list[int]]:
+def written(model, tokenizer, block: int, length: int) -> tuple[list[str], list[int]]:
     """The text of each token of the answer, and the step, from 1, in which each was written."""
     prompt = question_ids(tokenizer, QUESTION, METAMATH)
-    written, ids = [0] * length, []
-    frames = decode.stream(model, [prompt], Settings(length, block, length))
-    for step, (answer, _) in enumerate(frames, start=1):
-        ids = answer[0].tolist()
-        for i, token in enumerate(ids):
-            if token != model.config.mask_token_id and not written[i]:
-                written[i] = step
-    return [tokenizer.decode([token]) for token in ids], written
+    tokens = film.record(model, prompt, Settings(length, block, length)).tokens
+    return [tokenizer.decode([token.id]) for token in tokens], [token.step for token in tokens]
 
 
 def shown(first: float, last: float, steps: int) -> str:
@@ -97,9 +91,9 @@ def main():
     parser.add_argument("--block_length", type=int, default=4)
     args = parser.parse_args()
     model, tokenizer = decode.load(args.model, "float32", torch.device("cpu"))
-    texts, written = film(model, tokenizer, args.block_length, 4 * args.block_length)
-    Path(args.output).write_text(picture(texts, written, args.block_length), encoding="utf-8")
-    print(f"{args.output}: {''.join(texts)!r}, written in the steps {written}")
+    texts, steps = written(model, tokenizer, args.block_length, 4 * args.block_length)
+    Path(args.output).write_text(picture(texts, steps, args.block_length), encoding="utf-8")
+    print(f"{args.output}: {''.join(texts)!r}, written in the steps {steps}")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ ELSEWHERE = {".venv", ".git", "demo_run", "work", "__pycache__"}  # folders with
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if not ELSEWHERE & set(file.relative_to(ROOT).parts)]
 FLOORS = (  # from low to high; a name stands for all modules in it
     ("masking", "blockwise.cli"),
-    ("blockwise.knobs",),
+    ("blockwise.knobs", "blockwise.scoring"),
     ("blockwise.run",),
     ("blockwise.models",),
     (
         "blockwise.decoding",
         "blockwise.prompts",
-        "blockwise.scoring",
         "blockwise.data",
         "blockwise.packing",
         "blockwise.sources",

@@ -5,16 +5,18 @@ import torch
 from blockwise.cli import InputError
 from blockwise.decoding import decode
 from blockwise.decoding.settings import Settings
+from blockwise.models import hub
 from blockwise.prompts import PLAIN, PromptFormat, format_of, prompt_ids
 
 
 def load(name: str, adapter: str | None = None, dtype: str = "auto", device: str | torch.device | None = None):
     """A checkpoint for generate: the model, in evaluation mode, and its tokenizer. Raises InputError.
 
-    name: folder or hub id; adapter: folder of LoRA adapters, run without merging; dtype: `float32`, `bfloat16`, or
+    name: folder or hub id; adapter: that of LoRA adapters, which run without merging; dtype: `float32`, `bfloat16`, or
     `auto`, the checkpoint's own on a GPU and float32 on a CPU; device: None is a GPU, if there is one.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    adapter = adapter and str(hub.local_folder(adapter))
     model, tokenizer = decode.load(name, dtype, device, adapter)
     model.prompt_format = format_of(name, adapter, None, PLAIN)
     return model, tokenizer

@@ -9,7 +9,7 @@ Prompts are padded on the left, so that a block stands in the same columns in ev
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +22,8 @@ from blockwise.decoding.settings import Settings, from_flags
 from blockwise.models import base as models
 from blockwise.models import hub
 
+# is told of each step: where its block starts, (R, K, V) logits, and (R, K) ids of the block before and after the step
+Watch = Callable[[int, Tensor, Tensor, Tensor], None]
 END_OF_TURN = ("<|eot_id|>", "<|role_end|>")  # of LLaDA and of LLaDA-MoE
 
 
@@ -71,27 +73,26 @@ def decode(
     settings: Settings,
     end_ids: list[int] = (),
     generator: torch.Generator | None = None,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, int]:
     """Answers prompts. Returns ids (B, G) and the number of rows that went through the model, over all forward passes.
 
     model: LLaDAForCausalLM in evaluation mode; prompts: list of lists of ids; end_ids: tokens that end an answer.
+    watch: see Watch.
     At temperature 0, with low_confidence remasking and without a cache, a batch gives what its prompts give one by
     one, up to rounding.
     """
     rows = 0
-    for answers, rows in stream(model, prompts, settings, end_ids, generator):  # noqa: B007
+    for answers, rows in stream(model, prompts, settings, end_ids, generator, watch):  # noqa: B007
         pass
     return answers, rows
 
 
 @torch.no_grad()
 def stream(
-    model,
-    prompts: list[list[int]],
-    settings: Settings,
-    end_ids: list[int] = (),
-    generator: torch.Generator | None = None,
-) -> Iterator[tuple[Tensor, int]]:
+    model, prompts: list[list[int]], settings: Settings, end_ids: list[int] = (),
+    generator: torch.Generator | None = None, watch: Watch | None = None,
+) -> Iterator[tuple[Tensor, int]]:  # fmt: skip
     """decode, step by step: yields (ids (B, G), with masks where nothing is written yet, and rows so far)."""
     mask_id, steps = model.config.mask_token_id, settings.steps * settings.block_length // settings.gen_length
     check_settings(model.config, settings)
@@ -115,7 +116,10 @@ def stream(
                 todo, logits = forward.rows, forward.again(ids)
             rows += len(todo) * (2 if settings.cfg_scale else 1)
             number = settings.block_length // steps + (step < settings.block_length % steps)
-            ids[todo, block] = commit(logits, ids[todo, block], mask_id, number, settings, last, generator)
+            old = ids[todo, block]
+            ids[todo, block] = commit(logits, old, mask_id, number, settings, last, generator)
+            if watch:
+                watch(start, logits, old, ids[todo, block])
             yield canvas.answers(), rows
         if settings.stop_at_end:
             over = (torch.isin(ids[open_rows, block], ends) & canvas.answer[open_rows, block]).any(dim=1)
@@ -128,8 +132,9 @@ def stream(
 
 @torch.no_grad()
 def infill(
-    model, texts: list[list[int]], settings: Settings, generator: torch.Generator | None = None
-) -> list[list[int]]:
+    model, texts: list[list[int]], settings: Settings, generator: torch.Generator | None = None,
+    watch: Watch | None = None,
+) -> list[list[int]]:  # fmt: skip
     """Fills in the masks of texts, lists of ids, and returns them whole. The model sees what is before and behind.
 
     Windows of block_length tokens are filled from left to right, as blocks are in decode, each in as many steps as a
@@ -156,6 +161,8 @@ def infill(
             logits = Forward(model, canvas, todo, window, settings).first()
             old = ids[todo, window]
             ids[todo, window] = commit(logits, old, config.mask_token_id, number, settings, last, generator)
+            if watch:
+                watch(start, logits, old, ids[todo, window])
     return [row[: len(text)].tolist() for row, text in zip(ids, texts)]
 
 

@@ -192,7 +192,8 @@ def data_size(folder: Path, dtype: str) -> int:
 def save_adapter(model: PeftModel, base_name: str, out: Path, new: dict[str, bytes] | None = None) -> None:
     """Writes the adapters into the new folder `out`, as PEFT does, with a manifest. base_name: the base they belong to.
 
-    PeftModel.from_pretrained(base, out) reads them, with the base loaded as LLaDAForCausalLM.
+    new: more files, by name. PeftModel.from_pretrained(base, out) reads the adapters, with the base loaded as
+    LLaDAForCausalLM.
     """
     out.mkdir()
     config = copy.copy(model.peft_config["default"])

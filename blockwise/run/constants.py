@@ -1,6 +1,7 @@
 """ablation_config.json: the constants of a run and what else it depends on; only a run with the same is resumed."""
 
 import json
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,7 @@ from blockwise.run.run_folder import CONSTANTS, RunFolder
 
 MAY_CHANGE_ON_RESUME = {"RESUME", "RESUME_EVERY", "MAX_BAD_STEPS", "SAVE_DTYPE"}  # they change no optimizer step
 VERSIONS = ("torch", "transformers", "deepspeed", "peft")
+WARNED_OF = {"commit", *VERSIONS}  # which may be others when a run is resumed
 
 
 def constants_of(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: str, **derived) -> dict:
@@ -23,8 +25,32 @@ def constants_of(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: str, **
         "total_steps": steps,
         "data": files.sha256(knobs.DATA_PT),
         "model": base,
+        "commit": commit(),
     } | derived
     return vars(knobs) | {"derived": derived | {name: version(name) for name in VERSIONS}}
+
+
+def commit() -> str | None:
+    """The commit of this repository, with "-dirty" where files differ from it; None if it is no clone or git fails."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():  # a repository further up would be another one
+        return None
+    command = [
+        "git",
+        "--no-optional-locks",
+        "-C",
+        root,
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # there is no git
+        return None
+    return done.stdout.strip() or None
 
 
 def keep_or_compare(folder: RunFolder, constants: dict, ranks: Ranks) -> None:
@@ -54,9 +80,9 @@ def compare(folder: RunFolder, before: dict, constants: dict, ranks: Ranks) -> N
     was, now = before["derived"], constants["derived"]
     changed = [(name, was.get(name), now[name]) for name in now if was.get(name) != now[name]]
     for name, old, new in changed:
-        if name in VERSIONS:
+        if name in WARNED_OF:
             print0(ranks, "warning", f"the run was started with {name} {old}, this is {new}: numbers may differ")
-    different = [change for change in changed if change[0] not in VERSIONS]
+    different = [change for change in changed if change[0] not in WARNED_OF]
     for name in constants.keys() - MAY_CHANGE_ON_RESUME - {"derived"}:
         if before.get(name) != constants[name]:
             different.append((name, before.get(name), constants[name]))

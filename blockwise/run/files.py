@@ -63,6 +63,11 @@ def write(path: str | Path, chunks: Iterable) -> dict:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
+def line(data: bytes) -> dict:
+    """What a manifest says of a file with these bytes."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
 def existing(path: Path) -> dict:
     """Flushes a file that a library has written. Returns what a manifest says of it."""
     sync(path)
@@ -146,9 +151,13 @@ def digest(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def manifest(content: dict) -> bytes:
+    """The bytes of a manifest."""
+    return (json.dumps(content | {"sha256": digest(content)}, indent=2) + "\n").encode()
+
+
 def write_manifest(folder: Path, content: dict) -> dict:
-    text = json.dumps(content | {"sha256": digest(content)}, indent=2) + "\n"
-    return write(folder / MANIFEST, [text.encode()])
+    return write(folder / MANIFEST, [manifest(content)])
 
 
 def read_manifest(folder: Path) -> dict:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 
-ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}  # in the folder adapter/
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "manifest.json", "README.md"}  # in the folder adapter/
 
 
 def results(folder):
