@@ -17,7 +17,7 @@ FLOORS = (  # from low to high; a name stands for all modules in it
     ("blockwise.run",),
     ("blockwise.models",),
     ("blockwise.decoding", "blockwise.prompts", "blockwise.scoring", "blockwise.data", "blockwise.packing"),
-    ("blockwise.engine", "blockwise.previews"),
+    ("blockwise.engine", "blockwise.previews", "blockwise.validation"),
     ("blockwise.trainer", "blockwise.compare"),
 )
 
