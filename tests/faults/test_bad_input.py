@@ -282,5 +282,8 @@ def test_any_value_of_a_knob_is_in_range_or_a_sentence(name, text):
         assert name in str(error) and script == before
         return
     values = LIMITED[name]
-    assert value in values.choices if values.choices else values.low <= value <= values.high
     assert type(value) is type(before[name])
+    if isinstance(value, str):
+        assert value == text and (values.empty or value in values.choices)
+    else:
+        assert values.low <= value <= values.high
