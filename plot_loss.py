@@ -1,5 +1,7 @@
 """Draws the loss curves of one or more runs into a PNG: the logged values faintly, a moving average over them.
 
+Validation losses, if there are some in a metrics.csv next to the given file, are points on a dashed line.
+
 python plot_loss.py ckpts_stagewise_sft_32_logs/train_loss.csv ckpts_fullseq_sft_logs/train_loss.csv
 """
 
@@ -11,16 +13,28 @@ from pathlib import Path
 from blockwise.cli import InputError, run_script
 
 
-def read_losses(path: str):
-    """The (step, loss) columns of a train_loss.csv, without steps that had no loss (nan). Raises InputError."""
+def read_column(path: str | Path, column: str) -> list[tuple[int, float]]:
+    """The pairs (step, value) of a CSV, without those whose value is empty or nan. Raises InputError."""
     try:
         with open(path, newline="") as file:
-            rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+            rows = [(int(row["step"]), float(row[column])) for row in csv.DictReader(file) if row[column] != ""]
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is not a CSV with the columns step,loss ({error}).") from error
-    rows = [(step, loss) for step, loss in rows if not math.isnan(loss)]
+        raise InputError(f"{path} is not a CSV with the columns step,{column} ({error}).") from error
+    return [(step, value) for step, value in rows if not math.isnan(value)]
+
+
+def read_validation(path: str) -> list[tuple[int, float]]:
+    """The pairs (step, validation loss) of the run with this train_loss.csv, perhaps none. Raises InputError."""
+    metrics = Path(path).with_name("metrics.csv")
+    validated = metrics.is_file() and metrics.read_text().partition("\n")[0].endswith(",val_loss")
+    return read_column(metrics, "val_loss") if validated else []
+
+
+def read_losses(path: str):
+    """The (step, loss) columns of a train_loss.csv, without steps that had no loss (nan). Raises InputError."""
+    rows = read_column(path, "loss")
     if not rows:
         raise InputError(f"{path} holds no step with a loss yet.")
     return zip(*rows)
@@ -38,7 +52,10 @@ def main():
     parser.add_argument("csv", nargs="+", help="train_loss.csv of a run; its folder's name becomes the label")
     parser.add_argument("--output", default="loss.png")
     args = parser.parse_args()
-    curves = [(Path(path).resolve().parent.name.removesuffix("_logs"), *read_losses(path)) for path in args.csv]
+    curves = [
+        (Path(path).resolve().parent.name.removesuffix("_logs"), *read_losses(path), read_validation(path))
+        for path in args.csv
+    ]
 
     import matplotlib
 
@@ -46,11 +63,13 @@ def main():
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for label, steps, losses in curves:
+    for label, steps, losses, validation in curves:
         window = max(1, len(losses) // 10)
         (line,) = axes.plot(steps, smooth(losses, window), label=f"{label} (mean of {window // 2 * 2 + 1} steps)")
         axes.plot(steps, losses, color=line.get_color(), alpha=0.2, linewidth=0.8)
-    axes.set(xlabel="optimizer step", ylabel="training loss")
+        if validation:
+            axes.plot(*zip(*validation), "o--", color=line.get_color(), markersize=4, label=f"{label}, validation")
+    axes.set(xlabel="optimizer step", ylabel="loss" if any(curve[3] for curve in curves) else "training loss")
     axes.grid(alpha=0.3)
     axes.legend()
     try:

@@ -25,13 +25,16 @@ RENAMED = {"MODEL": "MODEL_NAME", "PT_FILE": "DATA_PT", "LORA_R": "LORA_RANK"}  
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a knob may have: numbers between two, or one of some texts."""
+    """The values that a knob may have: numbers between two, one of some texts, or any text."""
 
     low: float = -math.inf
     high: float = math.inf
     choices: tuple[str, ...] = ()
+    empty: bool = False  # whether the text may be empty
 
     def __str__(self):
+        if self.empty:
+            return "may be empty"
         if self.choices:
             return " or ".join(map(repr, self.choices))
         return f"at least {self.low}" if self.high == math.inf else f"{self.low} to {self.high}"
@@ -47,6 +50,10 @@ def between(low: float, high: float) -> Range:
 
 def one_of(*choices: str) -> Range:
     return Range(choices=choices)
+
+
+def optional() -> Range:
+    return Range(empty=True)
 
 
 ANYTHING = Range()
@@ -115,7 +122,7 @@ def check(name: str, value, values: Range) -> None:
     """Refuses a value that a knob cannot have. Raises InputError."""
     if isinstance(value, list) and not (value and all(isinstance(item, str) and item for item in value)):
         raise InputError(f"{name}={value!r} is not a list of names.")
-    if isinstance(value, str) and not value:
+    if isinstance(value, str) and not (value or values.empty or "" in values.choices):
         raise InputError(f"{name} is empty.")
     if values.choices and value not in values.choices:
         raise InputError(f"{name}={value!r} must be {values}.")
@@ -149,7 +156,7 @@ def range_of(annotation: ast.expr | None, where: str) -> Range:
     """The Range that the annotation of a constant stands for. Raises InputError if it cannot be read."""
     if not isinstance(annotation, ast.Call):  # there is none, or it is a plain type
         return ANYTHING
-    makers = {"at_least": at_least, "between": between, "one_of": one_of}
+    makers = {"at_least": at_least, "between": between, "one_of": one_of, "optional": optional}
     try:
         return makers[annotation.func.id](*map(ast.literal_eval, annotation.args))
     except (KeyError, ValueError, TypeError, AttributeError):

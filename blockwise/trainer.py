@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,16 +25,18 @@ from transformers import PreTrainedModel
 
 import masking
 from blockwise import engine as engines
+from blockwise import validation
 from blockwise.cli import STOPPED, InputError, progress
 from blockwise.data import Samples, derive_seed, make_samples, read_pt, schedule, stored_format
 from blockwise.models import base as models
 from blockwise.models import card, checkpoint, hub
 from blockwise.previews import Previews
 from blockwise.prompts import FILE
-from blockwise.run import constants, files, resume, signals
-from blockwise.run.logs import Logs
+from blockwise.run import constants, files, resume, signals, trackers
+from blockwise.run.logs import VAL_LOSS, Logs
 from blockwise.run.ranks import Ranks, print0
 from blockwise.run.run_folder import RunFolder, Status, new_run, run_to_resume
+from blockwise.validation import Validation
 
 # ---------------------------------------------------------------- one optimizer step
 
@@ -128,7 +131,10 @@ def train(
     launchers, began = signals.launchers(), time.perf_counter()
     run = start(knobs, noise, loss, blocks, BLOCK_DIFFUSION | (config or {}))
     done, bad_steps = steps_done(run)
-    with resume.with_resume_hint(run.folder), signals.Watch(run.ranks, launchers) as watch:
+    start_tracker(run, done)
+    with (
+        resume.with_resume_hint(run.folder), closing(run.logs), signals.Watch(run.ranks, launchers) as watch,
+    ):  # fmt: skip
         step, stopped = loop(run, watch, done, bad_steps)
     dist.destroy_process_group()
     if stopped:
@@ -158,6 +164,7 @@ class Run:
     model: PeftModel | PreTrainedModel
     engine: deepspeed.DeepSpeedEngine
     previews: Previews | None
+    validation: Validation | None
     entries: dict[str, object]  # for the config.json of the checkpoints
     constants: dict  # see constants_of; for the cards of the checkpoints
     new_files: dict[str, bytes]  # that checkpoints and adapters have besides those of the base
@@ -167,7 +174,9 @@ def start(
     knobs: SimpleNamespace, noise: Noise, loss: Loss, blocks: Callable | None, entries: dict[str, object]
 ) -> Run:  # fmt: skip
     """Checks all that the user gives, then loads model and engine. Raises InputError."""
-    ranks, data = Ranks.from_environment(), read_pt(knobs.DATA_PT)  # before the base, which may be a large download
+    trackers.check(knobs.TRACKER)
+    # before the base, which may be a large download
+    ranks, data, val_data = Ranks.from_environment(), read_pt(knobs.DATA_PT), validation.read(knobs)
     stored = stored_format(knobs.DATA_PT)
     base = hub.local_folder(knobs.MODEL_NAME)
     config = engines.check_model(base, knobs)
@@ -177,6 +186,7 @@ def start(
     config.update(entries)  # previews are decoded as the checkpoints are
     samples = make_samples(data, knobs, config)
     previews = Previews(base, config, samples, knobs) if knobs.SAMPLE_EVERY else None
+    val = None if val_data is None else Validation(val_data, knobs, config, noise, loss, blocks)
     answer_len = samples.length - samples.prompt_len  # (N,)
     plan = schedule(
         blocks(answer_len) if blocks else torch.full_like(answer_len, knobs.EPOCHS), knobs.EPOCHS, knobs.SEED
@@ -188,10 +198,10 @@ def start(
     model = engines.load_model(base, knobs, ranks)
     model.config.update(entries)
     engine = engines.start_engine(model, knobs, steps)
-    samples, plan, logs = samples.to(ranks.device), plan.to(ranks.device), Logs(ranks, folder.path)
+    samples, plan, logs = samples.to(ranks.device), plan.to(ranks.device), Logs(ranks, folder.path, val is not None)
     new_files = {FILE: stored.to_json()} if stored else {}  # if the data does not say, that of the base stays
     return Run(
-        knobs, ranks, base, samples, plan, noise, loss, steps, folder, logs, model, engine, previews, entries, now,
+        knobs, ranks, base, samples, plan, noise, loss, steps, folder, logs, model, engine, previews, val, entries, now,
         new_files,
     )  # fmt: skip
 
@@ -248,6 +258,8 @@ def loop(run: Run, watch: signals.Watch, done: int, bad_steps: int) -> tuple[int
     Returns the last step, and whether a signal stopped it. Raises InputError after MAX_BAD_STEPS in a row.
     """
     knobs, ranks, step, stopped = run.knobs, run.ranks, done, False
+    if validate(run, done, watch):
+        return done, True
     if done and every(knobs.SAVE_EVERY, done, run.steps):  # it may have ended between resume point and checkpoint
         save_checkpoint(run, done)
     bar = progress(
@@ -257,9 +269,11 @@ def loop(run: Run, watch: signals.Watch, done: int, bad_steps: int) -> tuple[int
         began, lr = time.perf_counter(), run.engine.get_lr()[0]
         with watch.step():
             result = train_step(run, step, lambda: watch.stop)
-        run.logs.add_step(step, lr, result, result.tokens / (time.perf_counter() - began))
+        speed = result.tokens / (time.perf_counter() - began)
+        run.logs.add_step(step, lr, result, speed, complete=not validates_after(run, step))
         bar.set_postfix(loss=f"{result.loss:.3f}", refresh=False)
-        bad_steps, stopped = bad_steps + 1 if result.bad_rows else 0, result.stop
+        bad_steps = bad_steps + 1 if result.bad_rows else 0
+        stopped = result.stop or validate(run, step, watch)
         too_bad = bad_steps >= knobs.MAX_BAD_STEPS
         if run.previews and step % knobs.SAMPLE_EVERY == 0:
             ranks.on_first_rank(lambda step=step: run.logs.append("samples.jsonl", run.previews.lines(run.model, step)))
@@ -269,12 +283,45 @@ def loop(run: Run, watch: signals.Watch, done: int, bad_steps: int) -> tuple[int
         if too_bad:
             bad = f"{bad_steps} bad steps in a row, see {run.folder.path}/bad_steps.jsonl"
             raise InputError(f"{bad}; a lower LR may help.")
-        if stopped:  # a checkpoint of this step is made when the run is resumed
+        if stopped:  # a validation and a checkpoint of this step are made when the run is resumed
             return step, True
         if save:
             save_checkpoint(run, step)
     ranks.on_first_rank(lambda: resume.remove(run.folder.resume_points()))  # the run is finished
     return step, False
+
+
+# ---------------------------------------------------------------- validation
+
+
+def validates_after(run: Run, step: int) -> bool:
+    """Whether a step, from 1, is to have a validation loss."""
+    return run.validation is not None and step > 0 and every(run.knobs.VAL_EVERY, step, run.steps)
+
+
+def lacks_validation(run: Run, step: int) -> bool:
+    """Whether the last step that was trained is still to get its validation loss."""
+    return validates_after(run, step) and run.ranks.on_first_rank(lambda: not run.logs.last_row()[VAL_LOSS])
+
+
+def validate(run: Run, step: int, watch: signals.Watch) -> bool:
+    """Adds the validation loss to the line of the last step if it lacks one. Returns whether a signal prevented it."""
+    if not lacks_validation(run, step):
+        return False
+    loss = run.validation.loss(run.model, run.ranks, lambda: watch.stop)
+    if loss is None:
+        return True
+    run.ranks.on_first_rank(lambda: run.logs.add_validation(loss))
+    samples = f"{len(run.validation.plan):,} samples"
+    print0(run.ranks, "validation", f"loss {loss:.4f} on {samples} after step {step}")
+    return False
+
+
+def start_tracker(run: Run, done: int) -> None:
+    """Starts the tracker after step `done`, on rank 0 only. Raises InputError on all ranks."""
+    if name := run.knobs.TRACKER:
+        first = done + (not lacks_validation(run, done))  # the last line may not be complete yet
+        run.ranks.on_first_rank(lambda: run.logs.start_tracker(trackers.start(name, run.folder, first), first))
 
 
 # ---------------------------------------------------------------- sizes

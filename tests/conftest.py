@@ -19,6 +19,7 @@ from stories import problem
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the tests need no GPU, and compare fp32 numbers
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ["WANDB_MODE"] = "offline"  # and no network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test.sh runs as many tests at a time as there are cores
 ROOT = Path(__file__).parent.parent
 settings.register_profile("default", deadline=None, max_examples=50, derandomize=False)

@@ -25,7 +25,7 @@ FLOORS = (  # from low to high; a name stands for all modules in it
         "blockwise.formats",
         "blockwise.encoding",
     ),
-    ("blockwise.engine", "blockwise.previews"),
+    ("blockwise.engine", "blockwise.previews", "blockwise.validation"),
     ("blockwise.trainer", "blockwise.compare"),
 )
 

@@ -30,13 +30,15 @@ RANGES = {
     "MAX_GRAD_NORM": (1e-12, math.inf),
     "MICRO_BSIZE": (1, math.inf), "GRAD_ACC": (1, math.inf),
     "TOTAL_TRAIN_STEPS": (0, math.inf), "SAVE_EVERY": (0, math.inf), "SAMPLE_EVERY": (0, math.inf),
-    "RESUME_EVERY": (0, math.inf), "MAX_BAD_STEPS": (1, math.inf),
+    "RESUME_EVERY": (0, math.inf), "MAX_BAD_STEPS": (1, math.inf), "VAL_EVERY": (0, math.inf),
     "DECAY_RATIO": (0.0, 1.0), "RANDOM_LENGTH": (0.0, 1.0),
 }  # fmt: skip
 CHOICES = {
     "WARMUP_TYPE": ("linear", "log"), "SAVE_DTYPE": ("bfloat16", "float16", "float32"),
     "LR_SCHEDULE": ("cosine", "constant", "wsd"), "LOSS_MEAN": ("sample", "token"),
+    "TRACKER": ("", "tensorboard", "trackio", "wandb"),
 }  # fmt: skip
+OPTIONAL = {"VAL_PT"}  # texts that may be empty
 
 SOURCE = '''"""A script with knobs.
 
@@ -45,7 +47,7 @@ And a second paragraph.
 
 from pathlib import Path
 
-from blockwise.knobs import at_least, between, one_of, override
+from blockwise.knobs import at_least, between, one_of, optional, override
 
 # ---------------------------------------------------------------- one section
 LR: between(1e-12, 1.0) = 1e-5  # how fast
@@ -58,6 +60,8 @@ PREFIX_MASK_RATE: between(0.0, 1.0) = 0.0
 SEED: between(0, 4294967295) = 42
 MAX_GRAD_NORM: at_least(1e-12) = 1.0
 WARMUP_TYPE: one_of("linear", "log") = "linear"  # how it starts
+EXTRA_PT: optional() = ""
+SHOWN_IN: one_of("", "a browser") = "a browser"
 SEVERAL_LINES = [
     "k_proj",
 ]  # more than one line
@@ -69,7 +73,8 @@ def main():
 '''
 CONSTANTS = {
     "LR": 1e-5, "BLOCK_SIZE": 32, "BF16": True, "MODEL_NAME": "hub/name", "TARGET_MODS": ["q_proj"],
-    "PREFIX_MASK_RATE": 0.0, "SEED": 42, "MAX_GRAD_NORM": 1.0, "WARMUP_TYPE": "linear", "SEVERAL_LINES": ["k_proj"],
+    "PREFIX_MASK_RATE": 0.0, "SEED": 42, "MAX_GRAD_NORM": 1.0, "WARMUP_TYPE": "linear",
+    "EXTRA_PT": "", "SHOWN_IN": "a browser", "SEVERAL_LINES": ["k_proj"],
 }  # fmt: skip
 
 
@@ -105,6 +110,9 @@ def constants(script):
         ("--MODEL_NAME=a folder/with=signs ö", "MODEL_NAME", "a folder/with=signs ö"),
         ("--MODEL_NAME=123", "MODEL_NAME", "123"),  # text stays text
         ("--WARMUP_TYPE=log", "WARMUP_TYPE", "log"),
+        ("--EXTRA_PT=a.pt", "EXTRA_PT", "a.pt"),
+        ("--EXTRA_PT=", "EXTRA_PT", ""),  # only these two may be empty
+        ("--SHOWN_IN=", "SHOWN_IN", ""),
         ('--TARGET_MODS=["q_proj","v_proj"]', "TARGET_MODS", ["q_proj", "v_proj"]),
         ("--SEED=4294967295", "SEED", 4294967295),
     ],
@@ -146,6 +154,7 @@ def test_override_sets_the_script_and_returns_all_constants(script, arg, name, v
         ("--WARMUP_TYPE=cosine", "WARMUP_TYPE='cosine' must be 'linear' or 'log'"),
         ("--WARMUP_TYPE=", "is empty"),
         ("--WARMUP_TYPE='log'", "must be 'linear' or 'log'"),
+        ("--SHOWN_IN=x", "SHOWN_IN='x' must be '' or 'a browser'"),
         ("--TARGET_MODS=q_proj", "not of type list"),
         ("--TARGET_MODS=[]", "not a list of names"),
         ("--TARGET_MODS=[1]", "not a list of names"),
@@ -210,9 +219,9 @@ def test_a_script_describes_its_constants(path):
         "SEVERAL_LINES": "more than one line",
     }  # fmt: skip
     sections = [knob.section for knob in found.values()]
-    assert sections == ["one section"] * 4 + ["another section"] * 6
+    assert sections == ["one section"] * 4 + ["another section"] * 8
     assert (found["LR"].values, found["BLOCK_SIZE"].values) == (knobs.Range(1e-12, 1.0), knobs.Range(1, math.inf))
-    assert found["WARMUP_TYPE"].values.choices == ("linear", "log")
+    assert found["WARMUP_TYPE"].values.choices == ("linear", "log") and found["EXTRA_PT"].values.empty
     assert found["BF16"].values == found["SEVERAL_LINES"].values == knobs.ANYTHING
 
 
@@ -263,7 +272,7 @@ def test_every_default_is_in_range_and_every_number_has_a_range(script):
                 type(bound) for bound in (knob.values.low, knob.values.high) if bound != math.inf
             ]
         else:
-            assert knob.values == knobs.Range(choices=CHOICES.get(name, ()))
+            assert knob.values == knobs.Range(choices=CHOICES.get(name, ()), empty=name in OPTIONAL)
     every = {name for script in SCRIPTS for name in knobs.describe(script.__file__)}
     assert RANGES.keys() | CHOICES.keys() <= every
 
@@ -287,6 +296,7 @@ def test_defaults_are_the_published_ones():
         "MICRO_BSIZE": 32, "GRAD_ACC": 1, "EPOCHS": 1, "TOTAL_TRAIN_STEPS": 0, "SAVE_EVERY": 0,
         "SAVE_DTYPE": "bfloat16", "SAMPLE_EVERY": 0, "RESUME": False, "RESUME_EVERY": 0, "MAX_BAD_STEPS": 3, "SEED": 42,
         "BF16": True, "GRADIENT_CHECKPOINTING": False, "COMPILE": False, "LR_SCHEDULE": "cosine", "DECAY_RATIO": 0.1,
+        "VAL_PT": "", "VAL_EVERY": 0, "TRACKER": "",
     }  # fmt: skip
     assert train_fullseq.CKPT_DIR == "ckpts_fullseq_sft"
     assert train_fullseq.LOSS_MEAN == "sample" and train_fullseq.RANDOM_LENGTH == 0.0
@@ -330,6 +340,8 @@ def test_help_prints_every_knob_with_default_range_and_comment(script, flag, tmp
             values = f"[at least {low}] " if high == math.inf else f"[{low} to {high}] "
         elif name in CHOICES:
             values = f"[{' or '.join(map(repr, CHOICES[name]))}] "
+        elif name in OPTIONAL:
+            values = "[may be empty] "
         found.append(f"  --{name}={getattr(script, name)!r}\n        {values}{comment}".rstrip() + "\n")
     assert len(found) == len([name for name in vars(script) if name.isupper()])
     knobs_only = re.sub(r"^\n.*\n", "", text.removeprefix(script.__doc__.strip() + "\n"), flags=re.MULTILINE)
@@ -365,5 +377,7 @@ def test_a_knob_that_is_set_anew_keeps_range_and_comment(tmp_path, monkeypatch):
 @pytest.mark.parametrize("annotation", ["between(0, 2**32)", "knobs.at_least(1)", "above(3)", "between(1)"])
 def test_a_range_that_cannot_be_read_is_named(annotation, tmp_path):
     (tmp_path / "script.py").write_text(f"\nSIZE: {annotation} = 4\n")
-    with pytest.raises(InputError, match=r"script.py, line 2: .* must be at_least, between, one_of with numbers"):
+    with pytest.raises(
+        InputError, match=r"script.py, line 2: .* must be at_least, between, one_of, optional with numbers"
+    ):
         knobs.describe(tmp_path / "script.py")

@@ -12,7 +12,9 @@ from blockwise.run import files
 from blockwise.run.ranks import Ranks, print0
 from blockwise.run.run_folder import CONSTANTS, RunFolder
 
-MAY_CHANGE_ON_RESUME = {"RESUME", "RESUME_EVERY", "MAX_BAD_STEPS", "SAVE_DTYPE"}  # they change no optimizer step
+MAY_CHANGE_ON_RESUME = {"RESUME", "RESUME_EVERY", "MAX_BAD_STEPS", "SAVE_DTYPE", "TRACKER"}  # no number depends on them
+NEWER = {"VAL_PT": "", "VAL_EVERY": 0}  # knobs that runs of earlier versions lack, and what these did
+CONTENT = {"data": "DATA_PT", "val_data": "VAL_PT", "model": "MODEL_NAME"}  # the digest of what a knob names
 VERSIONS = ("torch", "transformers", "deepspeed", "peft")
 WARNED_OF = {"commit", *VERSIONS}  # which may be others when a run is resumed
 
@@ -27,6 +29,8 @@ def constants_of(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: str, **
         "model": base,
         "commit": commit(),
     } | derived
+    if knobs.VAL_PT:
+        derived["val_data"] = files.sha256(knobs.VAL_PT)
     return vars(knobs) | {"derived": derived | {name: version(name) for name in VERSIONS}}
 
 
@@ -77,8 +81,10 @@ def update(folder: RunFolder, knobs: SimpleNamespace) -> None:
 
 def compare(folder: RunFolder, before: dict, constants: dict, ranks: Ranks) -> None:
     """Refuses to resume a run with other constants: an InputError that names one. Warns of other versions."""
-    was, now = before["derived"], constants["derived"]
+    before, was, now = NEWER | before, before["derived"], constants["derived"]
     changed = [(name, was.get(name), now[name]) for name in now if was.get(name) != now[name]]
+    if "val_data" not in was:  # then VAL_PT has changed, too
+        changed = [change for change in changed if change[0] != "val_data"]
     for name, old, new in changed:
         if name in WARNED_OF:
             print0(ranks, "warning", f"the run was started with {name} {old}, this is {new}: numbers may differ")
@@ -89,6 +95,6 @@ def compare(folder: RunFolder, before: dict, constants: dict, ranks: Ranks) -> N
     if different:
         name, old, new = different[0]
         change = f"{name} was {old!r}, now it is {new!r}"
-        if name in ("data", "model"):
-            change = f"the content of {constants[{'data': 'DATA_PT', 'model': 'MODEL_NAME'}[name]]} has changed"
+        if name in CONTENT:
+            change = f"the content of {constants[CONTENT[name]]} has changed"
         raise InputError(f"{folder.path} is another run: {change}. Start a new one without --RESUME=True.")

@@ -1,4 +1,7 @@
-"""The files to which rank 0 adds a line per optimizer step: train_loss.csv, metrics.csv, and others."""
+"""The files to which rank 0 adds a line per optimizer step: train_loss.csv, metrics.csv, and others.
+
+A tracker gets the numbers of a line of metrics.csv as soon as that is complete.
+"""
 
 import csv
 import io
@@ -15,14 +18,16 @@ from blockwise.run import files
 from blockwise.run.ranks import Ranks, print0
 
 METRICS = ("step", "loss", "lr", "grad_norm", "supervised_tokens", "tokens_per_second", "peak_memory_gb")
+VAL_LOSS = "val_loss"  # one more column of metrics.csv, of runs with validation
 FILES = ("train_loss.csv", "metrics.csv", "samples.jsonl", "bad_steps.jsonl")
 
 
 class Logs:
-    """The log files in a run's folder."""
+    """The log files in a run's folder. validated: whether the run has a validation loss."""
 
-    def __init__(self, ranks: Ranks, folder: Path):
-        self.ranks, self.folder = ranks, folder
+    def __init__(self, ranks: Ranks, folder: Path, validated: bool):
+        self.ranks, self.folder, self.tracker = ranks, folder, None
+        self.columns = (*METRICS, VAL_LOSS) if validated else METRICS
 
     def start(self, point: Path | None) -> None:
         """Brings the files to where they were at a resume point; without one, begins them."""
@@ -34,7 +39,7 @@ class Logs:
                     (self.folder / name).unlink(missing_ok=True)
         if not point:
             self.add("train_loss.csv", METRICS[:2])
-            self.add("metrics.csv", METRICS)
+            self.add("metrics.csv", self.columns)
 
     def copy(self, folder: Path) -> dict:
         """Copies the files into a resume point. Returns what its manifest says of them."""
@@ -53,23 +58,65 @@ class Logs:
         with files.writing(self.folder / name):
             files.append(self.folder / name, text)
 
-    def add_step(self, step: int, lr: float, result, tokens_per_second: float) -> None:
-        """Adds the lines of a step, result being its trainer.Step; all ranks call this."""
-        self.ranks.on_first_rank(lambda: self.write_step(step, lr, result, tokens_per_second))
+    def add_step(self, step: int, lr: float, result, tokens_per_second: float, complete: bool) -> None:
+        """Adds the lines of a step, result being its trainer.Step; all ranks call this.
 
-    def write_step(self, step: int, lr: float, result, tokens_per_second: float) -> None:
-        short = [step, f"{result.loss:.6f}" if math.isfinite(result.loss) else "nan"]
+        complete: no validation loss of the step is to follow.
+        """
+        self.ranks.on_first_rank(lambda: self.write_step(step, lr, result, tokens_per_second, complete))
+
+    def write_step(self, step: int, lr: float, result, tokens_per_second: float, complete: bool) -> None:
+        short = [step, text_of(result.loss)]
         rest = [f"{lr:.6e}", f"{result.grad_norm:.6f}", result.supervised, f"{tokens_per_second:.1f}"]
+        row = short + rest + [f"{peak_memory_gb():.3f}"]
         self.add("train_loss.csv", short)
-        self.add("metrics.csv", short + rest + [f"{peak_memory_gb():.3f}"])
+        self.add("metrics.csv", row + [""] * (len(self.columns) - len(row)))
+        if complete:
+            self.track(dict(zip(self.columns, map(str, row))))
         if result.bad_rows:
             bad = {"step": step, "loss": str(result.loss), "grad_norm": str(result.grad_norm), "rows": result.bad_rows}
             self.append("bad_steps.jsonl", json.dumps(bad) + "\n")
             print0(self.ranks, "bad step", f"{json.dumps(bad)}: the optimizer step was skipped")
 
+    def add_validation(self, loss: float) -> None:
+        """Completes the last line of metrics.csv."""
+        path = self.folder / "metrics.csv"
+        with files.writing(path):
+            files.replace(path, path.read_text().removesuffix("\n") + f"{text_of(loss)}\n")
+        self.track(self.last_row())
+
+    def last_row(self) -> dict[str, str]:
+        """The last line of metrics.csv."""
+        return self.rows("metrics.csv")[-1]
+
+    def start_tracker(self, tracker, first: int) -> None:
+        """From now on, a tracker of trackers.py gets all lines; those before the step `first`, now."""
+        self.tracker = tracker
+        print0(self.ranks, "tracker", tracker.view)
+        for row in self.rows("metrics.csv"):
+            if int(row["step"]) < first:
+                self.track(row)
+
+    def track(self, row: dict[str, str]) -> None:
+        """Gives a complete line of metrics.csv to the tracker, unless that has it already."""
+        if self.tracker and int(row["step"]) >= self.tracker.first:
+            numbers = {name: float(text) for name, text in row.items() if text and name != "step"}
+            self.tracker.log(int(row["step"]), numbers)
+
+    def close(self) -> None:
+        if self.tracker:
+            self.tracker.close()
+
     def losses(self) -> list[float]:
-        with open(self.folder / "train_loss.csv", newline="") as file:
-            return [float(row["loss"]) for row in csv.DictReader(file)]
+        return [float(row["loss"]) for row in self.rows("train_loss.csv")]
+
+    def rows(self, name: str) -> list[dict[str, str]]:
+        with open(self.folder / name, newline="") as file:
+            return list(csv.DictReader(file))
+
+
+def text_of(loss: float) -> str:
+    return f"{loss:.6f}" if math.isfinite(loss) else "nan"
 
 
 def peak_memory_gb() -> float:

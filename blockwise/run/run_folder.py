@@ -33,6 +33,7 @@ class RunFolder:
     def __init__(self, ckpt_dir: str, suffix: str = ""):
         self.ckpt_dir, self.suffix = ckpt_dir, suffix
         self.path = Path(f"{ckpt_dir}_logs{suffix}")
+        self.name = f"{Path(ckpt_dir).name}{suffix}"
 
     def checkpoint(self, step: int) -> Path:
         return Path(f"{self.ckpt_dir}_step{step:04d}{self.suffix}")

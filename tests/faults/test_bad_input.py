@@ -67,6 +67,11 @@ WRONG_FILES = [  # knobs of a trainer, and what is said
     ({"DATA_PT": "pickle.pt"}, "pickle.pt is truncated, damaged or was not written by pt.py"),
     ({"DATA_PT": "dict.pt"}, "does not hold a list of samples"),
     ({"DATA_PT": "keys.pt"}, "sample 0 lacks the keys"),
+    ({"VAL_PT": "missing.pt"}, "missing.pt does not exist; write it with pt.py"),
+    ({"VAL_PT": "keys.pt"}, "keys.pt: sample 0 lacks the keys"),
+    ({"VAL_PT": "long.pt"}, "long.pt: sample 1 has 200 tokens, more than MAX_LEN=192"),
+    ({"VAL_PT": "masks.pt"}, "masks.pt: sample 0 contains the id 4, which is MASK_ID"),
+    ({"VAL_EVERY": 2}, "VAL_EVERY=2 needs samples: name a file of pt.py with --VAL_PT=..."),
     ({"MODEL_NAME": "folder"}, "folder/config.json does not exist"),
     ({"MODEL_NAME": "no such/model/at all"}, "is not a local folder"),
     ({"TARGET_MODS": '["lm_head"]'}, "TARGET_MODS: 'lm_head' matches no layer"),
@@ -138,6 +143,9 @@ def refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps([{"prompt_len": 1, "full_ids": [5, 6]}]))
     torch.save({"samples": []}, tmp_path / "dict.pt")
     torch.save([{"ids": [1]}], tmp_path / "keys.pt")
+    for name, lengths, token in (("long", (9, 200), 10), ("masks", (9,), 4)):
+        samples = [{"prompt_len": 2, "full_ids": torch.full((length,), token)} for length in lengths]
+        torch.save(samples, tmp_path / f"{name}.pt")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     monkeypatch.setattr(signals, "end_at_once", lambda: None)  # the signals of this process stay as they are
@@ -173,6 +181,15 @@ def test_wrong_files_of_a_training(refused, record_property, base, pt_file, scri
     record_property("fault", "bad inputs")
     text = refused(script, *arguments(script, TRAINING | {"MODEL_NAME": base, "DATA_PT": pt_file} | changes))
     assert said in text.splitlines()[0] and text.startswith("error: ")
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
+def test_a_tracker_that_is_not_installed(refused, record_property, monkeypatch, name):
+    """Found before anything is read."""
+    record_property("fault", "bad inputs")
+    monkeypatch.setitem(sys.modules, name, None)
+    text = refused("train_fullseq.py", f"--TRACKER={name}")
+    assert text.startswith(f"error: TRACKER='{name}': that package is not installed; pip install {name}.\n")
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # of modules that other tests have imported
@@ -265,5 +282,8 @@ def test_any_value_of_a_knob_is_in_range_or_a_sentence(name, text):
         assert name in str(error) and script == before
         return
     values = LIMITED[name]
-    assert value in values.choices if values.choices else values.low <= value <= values.high
     assert type(value) is type(before[name])
+    if isinstance(value, str):
+        assert value == text and (values.empty or value in values.choices)
+    else:
+        assert values.low <= value <= values.high

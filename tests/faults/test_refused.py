@@ -68,6 +68,7 @@ DIFFERENT = {  # what is given, or done to copies of base and data, and what the
     "layers": ({"TARGET_MODS": '["q_proj"]'}, "TARGET_MODS was ['q_proj', 'k_proj'"),
     "ranks": ({"ranks": 2}, "ranks was 1, now it is 2"),
     "script": ({"script": "train_fullseq.py"}, "script was 'train_blockwise.py', now it is 'train_fullseq.py'"),
+    "VAL_PT": ({"VAL_PT": "samples.pt"}, "VAL_PT was '', now it is 'samples.pt'"),
     "samples": (other_samples, "the content of"),
     "model": (other_base, "the content of"),
     "config": (other_config, "the content of"),
@@ -94,10 +95,14 @@ def test_another_run_is_not_resumed(forked, stopped, base, pt_file, tmp_path, re
 
 
 def test_what_changes_no_number_may_change(forked, stopped, reference, tmp_path, record_property):
-    """Other knobs of resuming, and another version of a package, of which a line warns."""
+    """Other knobs of resuming, knobs that did not exist, and another version of a package, of which a line warns."""
     shutil.copytree(stopped, tmp_path / "run")
     path = tmp_path / "run/out/run ö_logs/ablation_config.json"
-    path.write_text(path.read_text().replace('"torch": "', '"torch": "1'))
+    constants = json.loads(path.read_text())
+    constants["derived"]["torch"] = f"1{constants['derived']['torch']}"
+    for name in ("VAL_PT", "VAL_EVERY", "TRACKER"):  # as in a run of a version without these knobs
+        del constants[name]
+    path.write_text(json.dumps(constants))
     done = forked(tmp_path / "run", RESUME=True, RESUME_EVERY=0, MAX_BAD_STEPS=5)
     assert done.codes == [0] and "warning      the run was started with torch 1" in done.output
     check_finished(tmp_path / "run/out", reference / "out")
