@@ -14,7 +14,7 @@ from blockwise.knobs import at_least, between, one_of, optional, override
 # ---------------------------------------------------------------- model and data
 MODEL_NAME = "GSAI-ML/LLaDA-8B-Instruct"  # hub id or local folder
 DATA_PT = "MathQA_256.pt"  # written by pt.py with the tokenizer of MODEL_NAME
-VAL_PT: optional() = ""  # file of pt.py for a validation loss; "" = none
+VAL_PT: optional() = ""  # like DATA_PT, for a validation loss; "" = none
 CKPT_DIR = "ckpts_fullseq_sft"  # start of the names of the checkpoint and log folders
 MASK_ID: at_least(0) = 126336  # LLaDA's <|mdm_mask|>; compared with the base's config
 MAX_LEN: at_least(2) = 256  # tokens; samples are padded to this, longer ones refused
@@ -51,9 +51,9 @@ SEED: between(0, 4294967295) = 42  # of sample order, masks, adapters, dropout
 # ---------------------------------------------------------------- saving and resuming
 SAVE_EVERY: at_least(0) = 0  # optimizer steps between checkpoints; 0 = once, at the end
 SAVE_DTYPE: one_of("bfloat16", "float16", "float32") = "bfloat16"  # bfloat16 rounds small updates away
-VAL_EVERY: at_least(0) = 0  # optimizer steps between validations; 0 = once, at the end
+VAL_EVERY: at_least(0) = 0  # steps between validations; 0 = once, at the end
 SAMPLE_EVERY: at_least(0) = 0  # steps between answers to training prompts in samples.jsonl; 0 = never
-TRACKER: one_of("", "tensorboard", "trackio", "wandb") = ""  # shows metrics.csv there, too
+TRACKER: one_of("", "tensorboard", "trackio", "wandb") = ""  # gets metrics.csv, too
 RESUME = False  # True: resume the newest unfinished run of this CKPT_DIR
 RESUME_EVERY: at_least(0) = 0  # optimizer steps between resume points; 0 = only at checkpoints
 MAX_BAD_STEPS: at_least(1) = 3  # the run stops after N non-finite losses or gradients in a row

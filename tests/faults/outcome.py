@@ -5,7 +5,8 @@ import hashlib
 import json
 import re
 
-ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "manifest.json", "README.md"}  # in the folder adapter/
+# in the folder adapter/
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "manifest.json", "README.md", "prompt_format.json"}
 
 
 def results(folder):

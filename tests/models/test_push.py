@@ -162,6 +162,7 @@ def test_checkpoint_and_adapters_carry_their_cards(trained, base, pt_file):
         assert "| step | 4 of 4 |" in text and "| 4 = 2 MICRO_BSIZE x 2 GRAD_ACC x 1 ranks |" in text
         assert f"torch {constants['derived']['torch']}, transformers" in text
         unsaid = {"MODEL_NAME", "DATA_PT", "CKPT_DIR", "RESUME", "RESUME_EVERY", "MAX_BAD_STEPS", "SAVE_DTYPE"}
+        unsaid |= {"TRACKER"}
         wanted = {name: value for name, value in constants.items() if name not in {"derived", *unsaid}}
         assert knobs_in(text) == wanted and wanted["LORA_RANK"] == TRAINING["LORA_RANK"]
         assert str(base.parent) not in text and str(pt_file.parent) not in text and str(trained.parent) not in text
