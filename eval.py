@@ -100,7 +100,8 @@ def main():
     ]
     if ranks.rank == 0:
         adapter = f" + {args.adapter}" if args.adapter else ""
-        report([f"{name}{adapter}" for name in names], answers, args, settings)
+        wraps = " and ".join(dict.fromkeys(way.wrap_name for way in asked))
+        report([f"{name}{adapter}" for name in names], answers, args, settings, wraps)
     if ranks.world_size > 1:
         dist.destroy_process_group()
 
@@ -311,7 +312,9 @@ def figures(answers: list[dict]) -> tuple[float, tuple[float, float], float, flo
     return right / len(answers), scoring.wilson(right, len(answers)), tokens / seconds, forwards / tokens
 
 
-def report(names: list[str], answers: list[list[dict]], args: argparse.Namespace, settings: Settings) -> None:
+def report(
+    names: list[str], answers: list[list[dict]], args: argparse.Namespace, settings: Settings, wraps: str
+) -> None:  # fmt: skip
     """Prints a line for each model, the settings, and for two models the paired test."""
     from blockwise import scoring
 
@@ -322,7 +325,7 @@ def report(names: list[str], answers: list[list[dict]], args: argparse.Namespace
         interval = f"{low:.1%} - {high:.1%}"
         print(f"{name:{width}}  {len(rows):>8,}{share:>8.1%}{interval:>16}{speed:>10,.0f}{forwards:>16.2f}")
     print(f"\n{args.task}, {', '.join(f'{key} {value}' for key, value in asdict(settings).items())},")
-    print(f"batch_size {args.batch_size}, dtype {args.dtype}, seed {args.seed}.")
+    print(f"batch_size {args.batch_size}, dtype {args.dtype}, seed {args.seed}, wrap {wraps}.")
     print("Tokens are those of the answers, up to the one that ends them; tokens/s are per rank.")
     if len(names) == 2:
         base, tuned = ([row["correct"] for row in rows] for rows in answers)

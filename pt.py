@@ -121,8 +121,7 @@ def announcement(
     columns: formats.Columns, prompt_format: prompts.PromptFormat, filter_type: str, recipe: bool
 ) -> str:  # fmt: skip
     """The line that says how the rows are read. recipe: the filter is a default."""
-    wrap = {text: name for name in ("metamath", "none") for text in [prompts.wrap_text(name)]}
-    parts = [f"columns {columns}", f"--wrap {wrap.get(prompt_format.wrap, 'of your file')}"]
+    parts = [f"columns {columns}", f"--wrap {prompt_format.wrap_name}"]
     if filter_type:
         why = ", as in the recipe (--filter_type '' keeps them)" if recipe else ""
         parts.append(f"rows whose type contains {filter_type} are skipped{why}")

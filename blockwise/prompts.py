@@ -24,6 +24,12 @@ class PromptFormat:
     system: str = ""  # the system prompt of conversations that have none
     chat_template_kwargs: dict = field(default_factory=dict)  # options of the chat template, such as enable_thinking
 
+    @property
+    def wrap_name(self) -> str:
+        """What --wrap is called that gives this text."""
+        names = {METAMATH.wrap: "metamath", PLAIN.wrap: "none"}
+        return names.get(self.wrap, "of a file")
+
     def wrapped(self, question: str) -> str:
         """The text of a user's message."""
         return self.wrap.replace("{query}", question)

@@ -352,7 +352,7 @@ def test_wrap_of_a_file(call, base, tokenizer, tmp_path):
     (tmp_path / "wrap.txt").write_text('Solve {this}, 100 %:\n{query}\nAnswer as {"x": 1}.\n')
     data, output = write(tmp_path / "rows.jsonl", [{"question": "{query} 1?", "answer": "1"}]), tmp_path / "out.pt"
     code, out, _ = call("--model", base, "--dataset", data, "--output", output, "--wrap", tmp_path / "wrap.txt")
-    assert code == 0 and "--wrap of your file" in out
+    assert code == 0 and "--wrap of a file" in out
     assert texts(output, tokenizer) == [sample('Solve {this}, 100 %:\n{query} 1?\nAnswer as {"x": 1}.', "1")]
     assert PromptFormat("{query}").wrapped("{query} 1?") == "{query} 1?"
 
