@@ -6,6 +6,7 @@ Every random number of a step comes from (SEED, step), dropout's also from the r
 whole global batch and trains on its rows of it, so a batch has the same masks for any number of ranks.
 """
 
+import json
 import math
 import os
 import sys
@@ -30,7 +31,7 @@ from blockwise.models import base as models
 from blockwise.models import checkpoint, hub
 from blockwise.previews import Previews
 from blockwise.run import constants, files, resume, signals
-from blockwise.run.logs import Logs
+from blockwise.run.logs import SAMPLES, Logs
 from blockwise.run.ranks import Ranks, print0
 from blockwise.run.run_folder import RunFolder, Status, new_run, run_to_resume
 
@@ -105,6 +106,7 @@ Loss = Callable[[Tensor, masking.Noised], Tensor]
 # are counted from the start of the "answer" or of the "sample". Other trainings set them to None: their base may have
 # had them, but their models see all blocks.
 BLOCK_DIFFUSION = {"block_diffusion_size": None, "block_diffusion_from": None}
+SHOWN = 90  # letters of a preview on the screen
 
 
 def train(
@@ -181,6 +183,9 @@ def start(
     engines.start_group()
     folder = ranks.on_first_rank(lambda: open_folder(knobs, ranks, steps, base))
     ranks.on_all_ranks(lambda: hold_folder(folder, ranks))
+    if previews:
+        what = f"every {knobs.SAMPLE_EVERY} steps, answers to {len(previews.prompts)} training prompts"
+        print0(ranks, "previews", f"{what}: {folder.path}/{SAMPLES}")
     model = engines.load_model(base, knobs, ranks)
     model.config.update(entries)
     engine = engines.start_engine(model, knobs, steps)
@@ -251,7 +256,7 @@ def loop(run: Run, watch: signals.Watch, done: int, bad_steps: int) -> tuple[int
         bad_steps, stopped = bad_steps + 1 if result.bad_rows else 0, result.stop
         too_bad = bad_steps >= knobs.MAX_BAD_STEPS
         if run.previews and step % knobs.SAMPLE_EVERY == 0:
-            ranks.on_first_rank(lambda step=step: run.logs.append("samples.jsonl", run.previews.lines(run.model, step)))
+            ranks.on_first_rank(lambda step=step: preview(run, step))
         save = every(knobs.SAVE_EVERY, step, run.steps)
         if save or stopped or too_bad or every(knobs.RESUME_EVERY, step, run.steps):
             resume.save(run.engine, ranks, run.folder, run.logs, step, bad_steps)
@@ -264,6 +269,14 @@ def loop(run: Run, watch: signals.Watch, done: int, bad_steps: int) -> tuple[int
             save_checkpoint(run, step)
     ranks.on_first_rank(lambda: resume.remove(run.folder.resume_points()))  # the run is finished
     return step, False
+
+
+def preview(run: Run, step: int) -> None:
+    """Answers a few training prompts, into samples.jsonl; the screen gets the start of the first answer."""
+    rows = run.previews.rows(run.model, step)
+    run.logs.append(SAMPLES, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    first = " ".join(rows[0]["completion"].split())
+    print0(run.ranks, "preview", f"step {step}: {first[:SHOWN]}{'...' * (len(first) > SHOWN)}")
 
 
 # ---------------------------------------------------------------- sizes

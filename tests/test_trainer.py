@@ -196,7 +196,16 @@ def test_saving_sampling_and_checkpointing_do_not_change_the_training(trained, p
     rows = [json.loads(line) for line in (saving / "out/run_logs/samples.jsonl").read_text().splitlines()]
     prompts = [tokenizer.decode(sample["full_ids"][: sample["prompt_len"]]) for sample in read(pt_file)[:4]]
     assert [(row["step"], row["prompt"]) for row in rows] == [(step, text) for step in (2, 4) for text in prompts]
-    assert not (plain / "out/run_logs/samples.jsonl").exists()
+    said = saving.with_name(f"{saving.name}.output").read_text().splitlines()
+    start = [line for line in said if line.startswith("previews ")]
+    assert start == ["previews     every 2 steps, answers to 4 training prompts: out/run_logs/samples.jsonl"]
+    firsts = [" ".join(row["completion"].split()) for row in rows[::4]]  # of each of the two
+    shown = [f"preview      step {s}: {t if len(t) <= 90 else t[:90] + '...'}" for s, t in zip((2, 4), firsts)]
+    assert [line for line in said if line.startswith("preview ")] == shown
+    assert (
+        not (plain / "out/run_logs/samples.jsonl").exists()
+        and "preview" not in plain.with_name(f"{plain.name}.output").read_text()
+    )
 
 
 @pytest.mark.parametrize("checkpointing, passes", [(False, 1), (True, 2)])
@@ -223,7 +232,7 @@ def test_previews_are_decoded_with_the_adapters(base, pt_file, tokenizer):
     config = model.config
     samples = make_samples(read(pt_file), knobs, config)
     previews = Previews(base, config, samples, knobs)
-    written = [json.loads(line) for line in previews.lines(model, step=7).splitlines()]
+    written = previews.rows(model, step=7)
     assert model.training
     merged, gen_length = model.merge_and_unload().eval(), previews.settings.gen_length
     answers = [len(sample["full_ids"]) - sample["prompt_len"] for sample in read(pt_file)[:4]]

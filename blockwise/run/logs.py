@@ -15,7 +15,8 @@ from blockwise.run import files
 from blockwise.run.ranks import Ranks, print0
 
 METRICS = ("step", "loss", "lr", "grad_norm", "supervised_tokens", "tokens_per_second", "peak_memory_gb")
-FILES = ("train_loss.csv", "metrics.csv", "samples.jsonl", "bad_steps.jsonl")
+SAMPLES = "samples.jsonl"  # of previews
+FILES = ("train_loss.csv", "metrics.csv", SAMPLES, "bad_steps.jsonl")
 
 
 class Logs:
