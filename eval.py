@@ -65,7 +65,7 @@ def main():
     args = parse_args()
     check_flags(args)
     problems = load_problems(args)
-    from blockwise.run.ranks import Ranks  # only now: a mistyped flag is reported without waiting for torch
+    from blockwise.run.ranks import Ranks, join_group  # only now: a mistyped flag is reported without waiting for torch
 
     if args.adapter:
         from blockwise.models import checkpoint
@@ -76,7 +76,8 @@ def main():
     if ranks.world_size > 1:
         import torch.distributed as dist
 
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may have many more problems to answer
+        # a rank may have many more problems to answer than another
+        join_group(lambda: dist.init_process_group("gloo", timeout=timedelta(days=7)))
     names = args.compare or [args.model]
     folders = [Path(args.output) / f"{label(name, args.adapter)}-{args.task}" for name in names]
     if len(set(folders)) < len(folders):

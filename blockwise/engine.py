@@ -18,7 +18,7 @@ from blockwise.cli import InputError
 from blockwise.models import base as models
 from blockwise.models import checkpoint
 from blockwise.run import files
-from blockwise.run.ranks import Ranks, print0
+from blockwise.run.ranks import Ranks, join_group, print0
 
 CONFIG_FILE = "ds_zero2.json"
 
@@ -97,7 +97,8 @@ def start_group() -> None:
     if get_accelerator().device_name() == "cpu":  # gloo serves; the shared-memory op would be compiled first, with g++
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
-    deepspeed.init_distributed(timeout=timedelta(hours=1))  # saving to a slow disk can take longer than the 10 minutes
+    # saving to a slow disk can take longer than the 10 minutes that are the default
+    join_group(lambda: deepspeed.init_distributed(timeout=timedelta(hours=1)))
 
 
 def engine_config(knobs: SimpleNamespace) -> dict:
