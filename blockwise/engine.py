@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,10 +119,16 @@ def engine_config(knobs: SimpleNamespace) -> dict:
     }
 
 
-def write_config(knobs: SimpleNamespace) -> None:
-    """Writes the DeepSpeed configuration in force, for users to read."""
-    with files.writing(CONFIG_FILE):
-        files.replace(CONFIG_FILE, json.dumps(engine_config(knobs), indent=2) + "\n")
+def write_config(knobs: SimpleNamespace, folder: Path) -> None:
+    """Writes the DeepSpeed configuration in force, for users to read: into a folder, and into the working directory.
+
+    The second is where the reference has it; that it cannot be written does not matter.
+    """
+    content = json.dumps(engine_config(knobs), indent=2) + "\n"
+    with files.writing(folder):
+        files.replace(folder / CONFIG_FILE, content)
+    with suppress(OSError):
+        files.replace(CONFIG_FILE, content)
 
 
 def start_engine(model: PeftModel | PreTrainedModel, knobs: SimpleNamespace, steps: int) -> deepspeed.DeepSpeedEngine:

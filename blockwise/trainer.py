@@ -202,7 +202,7 @@ def open_folder(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: Path) ->
     files.lock(folder.path)
     now = constants.constants_of(knobs, ranks, steps, hub.fingerprint(base), lora_alpha=engines.lora_alpha(knobs))
     constants.keep_or_compare(folder, now, ranks)
-    engines.write_config(knobs)
+    engines.write_config(knobs, folder.path)
     folder.remove_unfinished()
     files.lock(folder.path, shared=True)
     print0(ranks, "run", f"{folder.path}/, checkpoints {folder.checkpoint(steps)}/")

@@ -165,10 +165,19 @@ def test_logs_hold_all_constants_and_the_engine_configuration(trained):
             assert logged[name] == KNOBS.get(name, default)
     assert logged["derived"]["total_steps"] == 6 and logged["derived"]["ranks"] == 2
     assert logged["LORA_ALPHA"] == 0 and logged["derived"]["lora_alpha"] == 8
-    config = json.loads((folder / "ds_zero2.json").read_text())
+    text = (folder / "out/run_logs/ds_zero2.json").read_text()
+    assert text == (folder / "ds_zero2.json").read_text()
+    config = json.loads(text)
     assert config["zero_optimization"]["stage"] == 2 and config["optimizer"]["params"]["lr"] == 1e-2
     assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (2, 2)
     assert read_csv(folder / "out/run_logs/train_loss.csv")[0].keys() == {"step", "loss"}
+
+
+def test_a_working_directory_that_cannot_be_written_ends_no_run(forked, tmp_path):
+    (tmp_path / "run/ds_zero2.json").mkdir(parents=True)  # root may write everywhere, but not a file of this name here
+    done = forked(tmp_path / "run", **DEFAULTS | KNOBS | {"TOTAL_TRAIN_STEPS": 1})
+    assert done.codes == [0] and (tmp_path / "run/out/run_logs/ds_zero2.json").stat().st_size, done.output
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"out", "ds_zero2.json"}
 
 
 def test_the_same_command_twice_gives_the_same_csv_in_new_folders(trained):
