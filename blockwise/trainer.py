@@ -165,7 +165,10 @@ class Run:
 def start(
     knobs: SimpleNamespace, noise: Noise, loss: Loss, blocks: Callable | None, entries: dict[str, object]
 ) -> Run:  # fmt: skip
-    """Checks all that the user gives, then loads model and engine. Raises InputError."""
+    """Checks all that the user gives, then loads model and engine. Raises InputError.
+
+    Exits with 0 if the run to resume is finished.
+    """
     ranks, data = Ranks.from_environment(), read_pt(knobs.DATA_PT)  # before the base, which may be a large download
     base = hub.local_folder(knobs.MODEL_NAME)
     config = engines.check_model(base, knobs)
@@ -182,6 +185,9 @@ def start(
     steps = plan_steps(knobs, ranks, samples, plan)
     engines.start_group()
     folder = ranks.on_first_rank(lambda: open_folder(knobs, ranks, steps, base))
+    if not folder:
+        dist.destroy_process_group()
+        sys.exit(0)
     ranks.on_all_ranks(lambda: hold_folder(folder, ranks))
     if previews:
         what = f"every {knobs.SAMPLE_EVERY} steps, answers to {len(previews.prompts)} training prompts"
@@ -193,14 +199,22 @@ def start(
     return Run(knobs, ranks, base, samples, plan, noise, loss, steps, folder, logs, model, engine, previews, entries)
 
 
-def open_folder(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: Path) -> RunFolder:
-    """Finds the folder of the run to resume, or makes that of a new one, and locks it. Raises InputError."""
+def open_folder(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: Path) -> RunFolder | None:
+    """Finds the folder of the run to resume, or makes that of a new one, and locks it. Raises InputError.
+
+    Returns None if the run to resume is finished.
+    """
+    now = constants.constants_of(knobs, ranks, steps, hub.fingerprint(base), lora_alpha=engines.lora_alpha(knobs))
     folder = run_to_resume(knobs.CKPT_DIR) if knobs.RESUME else None
+    if folder and folder.status() is Status.FINISHED:  # a job script may start it once too often
+        constants.compare(folder, folder.constants(), now, ranks)
+        done = f"the run of {folder.path} is finished, {folder.checkpoint(steps)}/ is its checkpoint"
+        print0(ranks, "resume", f"{done}; start a new one without --RESUME=True")
+        return None
     if knobs.RESUME and not folder:
         print0(ranks, "resume", f"there is no run of {knobs.CKPT_DIR} yet: this one is new")
     folder = folder or new_run(knobs.CKPT_DIR)
     files.lock(folder.path)
-    now = constants.constants_of(knobs, ranks, steps, hub.fingerprint(base), lora_alpha=engines.lora_alpha(knobs))
     constants.keep_or_compare(folder, now, ranks)
     engines.write_config(knobs, folder.path)
     folder.remove_unfinished()
