@@ -167,7 +167,7 @@ def test_a_long_conversation_loses_its_oldest_turns_only(base, tokenizer, capsys
 def test_bad_input_is_one_sentence(base, tmp_path):
     for flags, said in (
         (("--model", base, "--steps", 100), "steps 100 is not a multiple"),
-        (("--model", tmp_path), "no tokenizer can be loaded"),
+        (("--model", tmp_path), "is not the folder of a model: it has neither config.json nor a tokenizer.\n"),
         (("--model", base, "--adapter", tmp_path), "adapter_config.json is missing"),
     ):
         done = run("chat.py", *flags)
