@@ -11,10 +11,6 @@ import argparse
 import sys
 import time
 
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
-
 from blockwise.cli import InputError, run_script
 from blockwise.decoding.settings import add_flags, check_flags
 from blockwise.prompts import prompt_ids
@@ -88,6 +84,10 @@ def show_live(answers, tokenizer, mask_id: int, ends: list[int], block_length: i
 
     answers: (ids, forward passes so far) after each step. Their speed stands under the answer.
     """
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
     from blockwise.decoding import decode
 
     ids, rows, stopped, console, began = [], 0, "", Console(highlight=False), time.perf_counter()
@@ -107,8 +107,10 @@ def show_live(answers, tokenizer, mask_id: int, ends: list[int], block_length: i
     return written
 
 
-def drawing(ids: list[int], tokenizer, mask_id: int, ends: list[int], block_length: int) -> Text:
-    """An unfinished answer as a text: what is written, with a dot for each mask up to the end of its block."""
+def drawing(ids: list[int], tokenizer, mask_id: int, ends: list[int], block_length: int):
+    """An unfinished answer as a rich Text: what is written, with a dot for each mask up to the end of its block."""
+    from rich.text import Text
+
     masks = [i for i, token in enumerate(ids) if token == mask_id]
     stop = (masks[0] // block_length + 1) * block_length if masks else len(ids)
     text, run = Text(), []
