@@ -12,8 +12,7 @@ KNOBS=(--MODEL_NAME=demo/base --DATA_PT=demo_run/train.pt --MASK_ID=4 --MAX_LEN=
 BLOCK_SIZE=4
 DECODING=(--gen_length 16 --block_length $BLOCK_SIZE --steps 16 --batch_size 50)
 
-PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')  # a free one
-LAUNCH="deepspeed --quiet --num_gpus $RANKS --master_port $PORT"
+LAUNCH="deepspeed --quiet --num_gpus $RANKS"
 
 step() { printf '\n== %s\n' "$*"; }
 rm -rf demo_run

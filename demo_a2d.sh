@@ -33,8 +33,7 @@ KNOBS=(--MODEL_NAME=$RUN/base --DATA_PT=$RUN/train.pt --MASK_ID=49152 --MAX_LEN=
 if [ "$STEPS" -lt 20 ]; then SAMPLES=16 DRAWS=1; else SAMPLES=48 DRAWS=3; fi  # of the bounds: fewer in a quick look
 DECODING=(--raw --gen_length 64 --block_length $BLOCK_SIZE --steps 32 --temperature 0.7 --remasking random)
 
-PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')  # a free one
-LAUNCH="deepspeed --quiet --num_gpus $RANKS --master_port $PORT"
+LAUNCH="deepspeed --quiet --num_gpus $RANKS"
 
 step() { printf '\n== %s\n' "$*"; }
 bound() {

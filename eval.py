@@ -72,7 +72,7 @@ def main():
     check_flags(args)
     wrap = args.wrap and wrap_text(args.wrap)
     problems = load_problems(args)
-    from blockwise.run.ranks import Ranks  # only now: a mistyped flag is reported without waiting for torch
+    from blockwise.run.ranks import Ranks, join_group  # only now: a mistyped flag is reported without waiting for torch
 
     if args.adapter:
         from blockwise.models import checkpoint
@@ -83,7 +83,8 @@ def main():
     if ranks.world_size > 1:
         import torch.distributed as dist
 
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may have many more problems to answer
+        # a rank may have many more problems to answer than another
+        join_group(lambda: dist.init_process_group("gloo", timeout=timedelta(days=7)))
     names = args.compare or [args.model]
     folders = [Path(args.output) / f"{label(name, args.adapter)}-{args.task}" for name in names]
     if len(set(folders)) < len(folders):

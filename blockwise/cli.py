@@ -7,6 +7,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+PACKAGES = {  # of requirements.txt, as they are imported, and of what those bring
+    "torch", "transformers", "deepspeed", "peft", "datasets", "safetensors", "fastokens", "tqdm", "psutil",
+    "math_verify", "matplotlib", "rich", "huggingface_hub", "numpy",
+}  # fmt: skip
 STOPPED = os.EX_TEMPFAIL  # 75, the exit code of a training that was stopped by a signal and can be resumed
 
 
@@ -15,7 +19,7 @@ class InputError(ValueError):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs main(); an InputError ends the process with its sentence and exit code 1.
+    """Runs main(); an InputError ends the process with its sentence and exit code 1, and so does a missing package.
 
     All ranks meet the same bad input, so one of them reports it: the others wait 10 seconds, in which the job ends.
     """
@@ -23,6 +27,11 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES:
+            raise
+        how = "`source .venv/bin/activate`, or `pip install -r requirements.txt`"
+        sys.exit(f"error: the package {error.name} is not in this Python, {sys.executable}: {how}.")
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(10)

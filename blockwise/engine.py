@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from blockwise.cli import InputError
 from blockwise.models import base as models
 from blockwise.models import checkpoint
 from blockwise.run import files
-from blockwise.run.ranks import Ranks, print0
+from blockwise.run.ranks import Ranks, join_group, print0
 
 CONFIG_FILE = "ds_zero2.json"
 
@@ -97,7 +98,8 @@ def start_group() -> None:
     if get_accelerator().device_name() == "cpu":  # gloo serves; the shared-memory op would be compiled first, with g++
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
-    deepspeed.init_distributed(timeout=timedelta(hours=1))  # saving to a slow disk can take longer than the 10 minutes
+    # saving to a slow disk can take longer than the 10 minutes that are the default
+    join_group(lambda: deepspeed.init_distributed(timeout=timedelta(hours=1)))
 
 
 def engine_config(knobs: SimpleNamespace) -> dict:
@@ -117,10 +119,16 @@ def engine_config(knobs: SimpleNamespace) -> dict:
     }
 
 
-def write_config(knobs: SimpleNamespace) -> None:
-    """Writes the DeepSpeed configuration in force, for users to read."""
-    with files.writing(CONFIG_FILE):
-        files.replace(CONFIG_FILE, json.dumps(engine_config(knobs), indent=2) + "\n")
+def write_config(knobs: SimpleNamespace, folder: Path) -> None:
+    """Writes the DeepSpeed configuration in force, for users to read: into a folder, and into the working directory.
+
+    The second is where the reference has it; that it cannot be written does not matter.
+    """
+    content = json.dumps(engine_config(knobs), indent=2) + "\n"
+    with files.writing(folder):
+        files.replace(folder / CONFIG_FILE, content)
+    with suppress(OSError):
+        files.replace(CONFIG_FILE, content)
 
 
 def start_engine(model: PeftModel | PreTrainedModel, knobs: SimpleNamespace, steps: int) -> deepspeed.DeepSpeedEngine:

@@ -1,6 +1,5 @@
 """What the model answers to a few training prompts during the training; see SAMPLE_EVERY."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,15 +32,14 @@ class Previews:
         except InputError as error:
             raise InputError(f"SAMPLE_EVERY={knobs.SAMPLE_EVERY}: {error} Set it to 0.") from error
 
-    def lines(self, model, step: int) -> str:
-        """The lines of samples.jsonl after a step. It leaves the model in training mode."""
+    def rows(self, model, step: int) -> list[dict]:
+        """The lines of samples.jsonl after a step, as dicts. It leaves the model in training mode."""
         model.eval()
         ends = decode.end_ids(model, self.tokenizer)
         answers, _ = decode.decode(checkpoint.without_adapters(model), self.prompts, self.settings, ends)
         model.train()
-        lines = []
+        rows = []
         for prompt, answer in zip(self.prompts, answers.tolist()):
             completion = decode.completion(self.tokenizer, answer, ends)
-            row = {"step": step, "prompt": self.tokenizer.decode(prompt), "completion": completion}
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        return "".join(lines)
+            rows.append({"step": step, "prompt": self.tokenizer.decode(prompt), "completion": completion})
+        return rows

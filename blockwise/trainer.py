@@ -6,6 +6,7 @@ Every random number of a step comes from (SEED, step), dropout's also from the r
 whole global batch and trains on its rows of it, so a batch has the same masks for any number of ranks.
 """
 
+import json
 import math
 import os
 import sys
@@ -33,7 +34,7 @@ from blockwise.models import card, checkpoint, hub
 from blockwise.previews import Previews
 from blockwise.prompts import FILE
 from blockwise.run import constants, files, resume, signals, trackers
-from blockwise.run.logs import VAL_LOSS, Logs
+from blockwise.run.logs import SAMPLES, VAL_LOSS, Logs
 from blockwise.run.ranks import Ranks, print0
 from blockwise.run.run_folder import RunFolder, Status, new_run, run_to_resume
 from blockwise.validation import Validation
@@ -109,6 +110,7 @@ Loss = Callable[[Tensor, masking.Noised], Tensor]
 # are counted from the start of the "answer" or of the "sample". Other trainings set them to None: their base may have
 # had them, but their models see all blocks.
 BLOCK_DIFFUSION = {"block_diffusion_size": None, "block_diffusion_from": None}
+SHOWN = 90  # letters of a preview on the screen
 
 
 def train(
@@ -173,7 +175,10 @@ class Run:
 def start(
     knobs: SimpleNamespace, noise: Noise, loss: Loss, blocks: Callable | None, entries: dict[str, object]
 ) -> Run:  # fmt: skip
-    """Checks all that the user gives, then loads model and engine. Raises InputError."""
+    """Checks all that the user gives, then loads model and engine. Raises InputError.
+
+    Exits with 0 if the run to resume is finished.
+    """
     trackers.check(knobs.TRACKER)
     # before the base, which may be a large download
     ranks, data, val_data = Ranks.from_environment(), read_pt(knobs.DATA_PT), validation.read(knobs)
@@ -193,8 +198,18 @@ def start(
     )  # (P, 2)
     steps = plan_steps(knobs, ranks, samples, plan)
     engines.start_group()
-    folder, now = ranks.on_first_rank(lambda: open_folder(knobs, ranks, steps, base))
+    alpha = engines.lora_alpha(knobs)
+    now = ranks.on_first_rank(
+        lambda: constants.constants_of(knobs, ranks, steps, hub.fingerprint(base), lora_alpha=alpha)
+    )
+    folder = ranks.on_first_rank(lambda: open_folder(knobs, ranks, steps, now))
+    if not folder:
+        dist.destroy_process_group()
+        sys.exit(0)
     ranks.on_all_ranks(lambda: hold_folder(folder, ranks))
+    if previews:
+        what = f"every {knobs.SAMPLE_EVERY} steps, answers to {len(previews.prompts)} training prompts"
+        print0(ranks, "previews", f"{what}: {folder.path}/{SAMPLES}")
     model = engines.load_model(base, knobs, ranks)
     model.config.update(entries)
     engine = engines.start_engine(model, knobs, steps)
@@ -206,23 +221,27 @@ def start(
     )  # fmt: skip
 
 
-def open_folder(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: Path) -> tuple[RunFolder, dict]:
+def open_folder(knobs: SimpleNamespace, ranks: Ranks, steps: int, now: dict) -> RunFolder | None:
     """Finds the folder of the run to resume, or makes that of a new one, and locks it. Raises InputError.
 
-    Returns the folder and the constants in force.
+    now: the constants in force. Returns None if the run to resume is finished.
     """
     folder = run_to_resume(knobs.CKPT_DIR) if knobs.RESUME else None
+    if folder and folder.status() is Status.FINISHED:  # a job script may start it once too often
+        constants.compare(folder, folder.constants(), now, ranks)
+        done = f"the run of {folder.path} is finished, {folder.checkpoint(steps)}/ is its checkpoint"
+        print0(ranks, "resume", f"{done}; start a new one without --RESUME=True")
+        return None
     if knobs.RESUME and not folder:
         print0(ranks, "resume", f"there is no run of {knobs.CKPT_DIR} yet: this one is new")
     folder = folder or new_run(knobs.CKPT_DIR)
     files.lock(folder.path)
-    now = constants.constants_of(knobs, ranks, steps, hub.fingerprint(base), lora_alpha=engines.lora_alpha(knobs))
     constants.keep_or_compare(folder, now, ranks)
-    engines.write_config(knobs)
+    engines.write_config(knobs, folder.path)
     folder.remove_unfinished()
     files.lock(folder.path, shared=True)
     print0(ranks, "run", f"{folder.path}/, checkpoints {folder.checkpoint(steps)}/")
-    return folder, now
+    return folder
 
 
 def hold_folder(folder: RunFolder, ranks: Ranks) -> None:
@@ -276,7 +295,7 @@ def loop(run: Run, watch: signals.Watch, done: int, bad_steps: int) -> tuple[int
         stopped = result.stop or validate(run, step, watch)
         too_bad = bad_steps >= knobs.MAX_BAD_STEPS
         if run.previews and step % knobs.SAMPLE_EVERY == 0:
-            ranks.on_first_rank(lambda step=step: run.logs.append("samples.jsonl", run.previews.lines(run.model, step)))
+            ranks.on_first_rank(lambda step=step: preview(run, step))
         save = every(knobs.SAVE_EVERY, step, run.steps)
         if save or stopped or too_bad or every(knobs.RESUME_EVERY, step, run.steps):
             resume.save(run.engine, ranks, run.folder, run.logs, step, bad_steps)
@@ -322,6 +341,14 @@ def start_tracker(run: Run, done: int) -> None:
     if name := run.knobs.TRACKER:
         first = done + (not lacks_validation(run, done))  # the last line may not be complete yet
         run.ranks.on_first_rank(lambda: run.logs.start_tracker(trackers.start(name, run.folder, first), first))
+
+
+def preview(run: Run, step: int) -> None:
+    """Answers a few training prompts, into samples.jsonl; the screen gets the start of the first answer."""
+    rows = run.previews.rows(run.model, step)
+    run.logs.append(SAMPLES, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    first = " ".join(rows[0]["completion"].split())
+    print0(run.ranks, "preview", f"step {step}: {first[:SHOWN]}{'...' * (len(first) > SHOWN)}")
 
 
 # ---------------------------------------------------------------- sizes

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -185,14 +185,21 @@ def arguments(script, knobs):
     return [f"--{name}={value}" for name, value in knobs.items() if "fullseq" not in script or name != "BLOCK_SIZE"]
 
 
+@contextmanager
+def taken(port=0):
+    """Somebody listens at a port, 0 for a free one: this process, or whoever has it already. Yields its number."""
+    with socket.socket() as server:
+        with suppress(OSError):
+            server.bind(("", port))
+            server.listen()
+        yield server.getsockname()[1] or port
+
+
 def launcher_command(ranks, script, *args):
     """The command that runs a trainer through the real deepspeed launcher on CPU ranks, and its environment."""
-    with socket.socket() as probe:  # a free port, so that other runs on the machine do not matter
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     module = not script.endswith(".py")
     what = ["--module", script] if module else [ROOT / script]
-    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", ranks, "--master_port", port, *what]
+    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", ranks, *what]
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     env |= {"PYTHONPATH": str(ROOT)} if module else {}
     env |= {"TORCHDYNAMO_DISABLE": "1"}  # else DeepSpeed imports all of torch's compiler, which takes 3 seconds
@@ -200,9 +207,10 @@ def launcher_command(ranks, script, *args):
 
 
 def launch(ranks, script, *args, cwd):
-    """Runs a trainer in the folder `cwd` by that command. Returns the finished process."""
+    """Runs a trainer in the folder `cwd` by that command, as if another run had its port. Returns the process."""
     command, env = launcher_command(ranks, script, *args)
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    with taken(29500):  # which the launcher gives to every run
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="session")

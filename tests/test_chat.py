@@ -22,6 +22,7 @@ from blockwise.models import base as models
 from blockwise.prompts import prompt_ids
 
 MASK, ENDS = 4, [1, 7]
+SPEED = r"(\d+)\s+tokens,\s+([\d.]+)\s+per\s+second,\s+([\d.]+)\s+forward\s+passes\s+per\s+token"
 LONG = ("--gen_length", "512", "--block_length", "32", "--steps", "512")
 
 
@@ -56,12 +57,16 @@ class Terminal:
 
 def test_ctrl_c_stops_an_answer_and_then_the_conversation(base):
     terminal = Terminal("--model", base, *LONG)
-    terminal.wait_for("> ")
+    greeting = terminal.wait_for("> ")
+    assert greeting.split("\r\n")[-4:] == [
+        f"{base}: blocks of 32 tokens, 512 tokens for an answer.",
+        "Ctrl-C stops an answer; /reset begins a new conversation, /quit ends this one.", "", "> ",
+    ]  # fmt: skip
     terminal.type("Ada has 3 pens.\n")
     terminal.wait_for("·")  # masks that are not written yet
     terminal.process.send_signal(2)
     terminal.wait_for("(stopped)")
-    terminal.wait_for("> ")
+    assert re.search(SPEED, terminal.wait_for("> "))
     time.sleep(1)  # until it waits for the line
     terminal.process.send_signal(2)
     assert terminal.process.wait(timeout=30) == 0
@@ -81,18 +86,30 @@ def test_an_answer_higher_than_the_terminal_is_drawn_in_it_and_printed_whole_at_
     ups = [len(run) // len("\x1b[1A\x1b[2K") for run in re.findall(r"(?:\x1b\[1A\x1b\[2K)+", seen)]
     assert len(ups) > 4 and max(ups) <= 4, "a frame was higher than the terminal: the rest of it would stay there"
     last = re.split(r"\x1b\[\?25h", seen)[-1]  # once the drawing is over
-    assert "".join(re.sub(r"\x1b\[[0-9;?]*\w", "", last).split()).rstrip(">") == "".join(answer.split())
-    terminal.type("\x04")
+    last, dim, speed = last.partition("\x1b[2m")
+    last, speed = (re.sub(r"\x1b\[[0-9;?]*\w", "", part) for part in (last, speed))
+    assert "".join(last.split()) == "".join(answer.split()) and dim
+    found = re.search(SPEED, speed)
+    number = decode.length(ids[0].tolist(), ENDS)
+    assert int(found[1]) == number and found[3] == f"{24 / number:.2f}"
+    assert 0 < number / float(found[2]) < 100  # the seconds that it took
+    terminal.type("/reset\n")
+    terminal.wait_for("(This is a new conversation.)")
+    terminal.type("/quit\n")
     assert terminal.process.wait(timeout=30) == 0
 
 
-def test_lines_of_a_pipe_are_turns_and_answers_come_block_by_block(base, tokenizer, tmp_path):
+def test_lines_of_a_pipe_are_turns_or_commands_and_answers_come_block_by_block(base, tokenizer, tmp_path):
     flags = ("--gen_length", "24", "--block_length", "8", "--steps", "24")
     command = [sys.executable, str(ROOT / "chat.py"), "--model", str(base), *flags]
-    done = subprocess.run(command, input="Ada has 3 pens.\n\nAnd now?\n", capture_output=True, text=True, timeout=100)
+    said = "Ada has 3 pens.\n\nAnd now?\n/reset\nAnd now?\n/quit\nThis is not read.\n"
+    done = subprocess.run(command, input=said, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     model, messages, wanted = models.load_model(base, torch.float32).eval(), [], []
-    for text in ("Ada has 3 pens.", "And now?"):
+    for text in ("Ada has 3 pens.", "And now?", "/reset", "And now?"):
+        if text == "/reset":
+            messages = []
+            continue
         messages.append({"role": "user", "content": text})
         ids, _ = decode.decode(model, [prompt_ids(tokenizer, messages)], Settings(24, 8, 24))
         messages.append({"role": "assistant", "content": decode.completion(tokenizer, ids[0].tolist(), ENDS)})
@@ -101,6 +118,7 @@ def test_lines_of_a_pipe_are_turns_and_answers_come_block_by_block(base, tokeniz
                 part = tokenizer.decode(ids[0, block * 8 : block * 8 + 8], skip_special_tokens=True)
                 wanted.append(f"block {block + 1}  " + part.replace("\n", "⏎"))
     assert done.stdout == "".join(line + "\n" for line in wanted)
+    assert "".join(wanted[3:6]) != "".join(wanted[6:]), "the model has forgotten the first question"
 
 
 def test_with_an_adapter_answers_are_those_of_base_and_adapters(base, adapter, adapted, tokenizer):
@@ -149,7 +167,7 @@ def test_a_long_conversation_loses_its_oldest_turns_only(base, tokenizer, capsys
 def test_bad_input_is_one_sentence(base, tmp_path):
     for flags, said in (
         (("--model", base, "--steps", 100), "steps 100 is not a multiple"),
-        (("--model", tmp_path), "no tokenizer can be loaded"),
+        (("--model", tmp_path), "is not the folder of a model: it has neither config.json nor a tokenizer.\n"),
         (("--model", base, "--adapter", tmp_path), "adapter_config.json is missing"),
     ):
         done = run("chat.py", *flags)

@@ -104,3 +104,12 @@ def test_functions_are_short(file):
     for node in ast.walk(ast.parse(text_of(file))):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 40, node.name
+
+
+def test_the_dockerfile_is_short_and_copies_what_exists():
+    lines = text_of(ROOT / "Dockerfile").splitlines()
+    assert len(lines) <= 20
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    assert copied == ["setup.sh", "requirements.txt", "."] and all((ROOT / name).exists() for name in copied)
+    assert ".venv" in text_of(ROOT / ".dockerignore").split(), "it would replace that of the image"
+    assert lines[-1] == 'CMD ["bash", "demo.sh"]'

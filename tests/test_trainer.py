@@ -165,10 +165,19 @@ def test_logs_hold_all_constants_and_the_engine_configuration(trained):
             assert logged[name] == KNOBS.get(name, default)
     assert logged["derived"]["total_steps"] == 6 and logged["derived"]["ranks"] == 2
     assert logged["LORA_ALPHA"] == 0 and logged["derived"]["lora_alpha"] == 8
-    config = json.loads((folder / "ds_zero2.json").read_text())
+    text = (folder / "out/run_logs/ds_zero2.json").read_text()
+    assert text == (folder / "ds_zero2.json").read_text()
+    config = json.loads(text)
     assert config["zero_optimization"]["stage"] == 2 and config["optimizer"]["params"]["lr"] == 1e-2
     assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (2, 2)
     assert read_csv(folder / "out/run_logs/train_loss.csv")[0].keys() == {"step", "loss"}
+
+
+def test_a_working_directory_that_cannot_be_written_ends_no_run(forked, tmp_path):
+    (tmp_path / "run/ds_zero2.json").mkdir(parents=True)  # root may write everywhere, but not a file of this name here
+    done = forked(tmp_path / "run", **DEFAULTS | KNOBS | {"TOTAL_TRAIN_STEPS": 1})
+    assert done.codes == [0] and (tmp_path / "run/out/run_logs/ds_zero2.json").stat().st_size, done.output
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"out", "ds_zero2.json"}
 
 
 def test_the_same_command_twice_gives_the_same_csv_in_new_folders(trained):
@@ -196,7 +205,16 @@ def test_saving_sampling_and_checkpointing_do_not_change_the_training(trained, p
     rows = [json.loads(line) for line in (saving / "out/run_logs/samples.jsonl").read_text().splitlines()]
     prompts = [tokenizer.decode(sample["full_ids"][: sample["prompt_len"]]) for sample in read(pt_file)[:4]]
     assert [(row["step"], row["prompt"]) for row in rows] == [(step, text) for step in (2, 4) for text in prompts]
-    assert not (plain / "out/run_logs/samples.jsonl").exists()
+    said = saving.with_name(f"{saving.name}.output").read_text().splitlines()
+    start = [line for line in said if line.startswith("previews ")]
+    assert start == ["previews     every 2 steps, answers to 4 training prompts: out/run_logs/samples.jsonl"]
+    firsts = [" ".join(row["completion"].split()) for row in rows[::4]]  # of each of the two
+    shown = [f"preview      step {s}: {t if len(t) <= 90 else t[:90] + '...'}" for s, t in zip((2, 4), firsts)]
+    assert [line for line in said if line.startswith("preview ")] == shown
+    assert (
+        not (plain / "out/run_logs/samples.jsonl").exists()
+        and "preview" not in plain.with_name(f"{plain.name}.output").read_text()
+    )
 
 
 @pytest.mark.parametrize("checkpointing, passes", [(False, 1), (True, 2)])
@@ -223,7 +241,7 @@ def test_previews_are_decoded_with_the_adapters(base, pt_file, tokenizer):
     config = model.config
     samples = make_samples(read(pt_file), knobs, config)
     previews = Previews(base, config, samples, knobs)
-    written = [json.loads(line) for line in previews.lines(model, step=7).splitlines()]
+    written = previews.rows(model, step=7)
     assert model.training
     merged, gen_length = model.merge_and_unload().eval(), previews.settings.gen_length
     answers = [len(sample["full_ids"]) - sample["prompt_len"] for sample in read(pt_file)[:4]]

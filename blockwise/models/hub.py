@@ -13,6 +13,7 @@ from blockwise.run import files
 
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+EXAMPLE = "GSAI-ML/LLaDA-8B-Instruct"  # of a hub id
 FINGERPRINT_BYTES = 2**16  # of each tensor
 
 
@@ -23,6 +24,8 @@ def local_folder(name: str | Path, patterns: list[str] | None = None) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
+    if str(name).startswith(("/", ".", "~")) or str(name).count("/") > 1 or Path(name).exists():  # no name on the hub
+        raise InputError(f"{name} is not a local folder; give that of a model, or a hub id such as {EXAMPLE}.")
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
@@ -56,6 +59,10 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, LookupError) as error:
+        if not (folder / "config.json").exists():
+            raise InputError(
+                f"{name} is not the folder of a model: it has neither config.json nor a tokenizer."
+            ) from error
         raise InputError(f"{name}: no tokenizer can be loaded from it: {reason(error)}") from error
 
 

@@ -19,7 +19,8 @@ from blockwise.run.ranks import Ranks, print0
 
 METRICS = ("step", "loss", "lr", "grad_norm", "supervised_tokens", "tokens_per_second", "peak_memory_gb")
 VAL_LOSS = "val_loss"  # one more column of metrics.csv, of runs with validation
-FILES = ("train_loss.csv", "metrics.csv", "samples.jsonl", "bad_steps.jsonl")
+SAMPLES = "samples.jsonl"  # of previews
+FILES = ("train_loss.csv", "metrics.csv", SAMPLES, "bad_steps.jsonl")
 
 
 class Logs:

@@ -1,6 +1,7 @@
 """The processes that the launcher started: which one this is, its device, and how they act together."""
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from blockwise.cli import InputError
+
+DEFAULT_PORT = "29500"  # of the deepspeed launcher, the same for every run
 
 
 @dataclass
@@ -62,6 +65,25 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
         return self.on_all_ranks(function if self.rank == 0 else lambda: None)[0]
+
+
+def join_group(init: Callable[[], object]) -> None:
+    """Lets the ranks talk to each other, through init(), which starts torch's process group. Raises InputError.
+
+    They meet at a port of the first machine. If deepspeed's launcher has started all ranks on this machine and was
+    given no port, it becomes one that depends on the launcher's number, so that several runs do not meet each other.
+    """
+    env = os.environ
+    if env.get("MASTER_PORT") == DEFAULT_PORT and env.get("LOCAL_SIZE") == env["WORLD_SIZE"]:  # deepspeed's LOCAL_SIZE
+        env["MASTER_PORT"] = str(20_000 + os.getppid() % 9_500)  # below the ports that systems give out by themselves
+    try:
+        init()
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = env["MASTER_PORT"]
+        what = f"port {port}, at which the ranks meet, is taken, perhaps by another run on this machine"
+        raise InputError(f"{what}; name another: deepspeed --master_port {int(port) + 1} {sys.argv[0]} ...") from error
 
 
 def print0(ranks: Ranks, what: str, text: str) -> None:

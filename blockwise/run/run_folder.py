@@ -97,17 +97,10 @@ def new_run(ckpt_dir: str) -> RunFolder:
 
 
 def run_to_resume(ckpt_dir: str) -> RunFolder | None:
-    """The newest run that is not finished; None if there is no run. Raises InputError if all runs are finished."""
+    """The newest run that is not finished, or, if all are, the newest; None if there is no run. Raises InputError."""
     start, suffixes = Path(ckpt_dir), {}
     for folder in start.parent.glob("*") if start.parent.is_dir() else ():
         if name := re.fullmatch(re.escape(start.name) + r"_logs(-v(\d+))?", folder.name):
             suffixes[int(name[2] or 1)] = name[1] or ""
     runs = [RunFolder(ckpt_dir, suffix) for _, suffix in sorted(suffixes.items(), reverse=True)]
-    for run in runs:
-        if run.status() is not Status.FINISHED:
-            return run
-    if runs:
-        raise InputError(
-            f"--RESUME=True: the run of {runs[0].path} is finished; start a new one without --RESUME=True."
-        )
-    return None
+    return next((run for run in runs if run.status() is not Status.FINISHED), runs[0] if runs else None)

@@ -17,6 +17,7 @@ from blockwise.run import files
 PLACES = {  # the fault, and what the sentence names
     "folder": ({"full": r"os.mkdir .*_logs$"}, "CKPT_DIR=out/run ö: its folder cannot be written"),
     "constants": ({"full": "open .*ablation_config"}, "out/run ö_logs cannot be written"),
+    "engine configuration": ({"full": "chunk .*_logs/ds_zero2"}, "out/run ö_logs cannot be written"),
     "first line of the losses": ({"full": "open .*/train_loss.csv"}, "train_loss.csv cannot be written"),
     "line of the losses": ({"full": "stepped 2"}, "train_loss.csv cannot be written"),
     "folder of a resume point": ({"full": "os.mkdir .*resume_step0002"}, "resume_step0002 cannot be written"),

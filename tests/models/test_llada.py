@@ -661,20 +661,25 @@ def test_local_folder_is_used_as_it_is(base):
 
 
 @pytest.mark.parametrize(
-    "name", ["no/such/folder/here", "/no/such/folder", "nobody/no-such-model", "two words", "a..b"]
+    "name", ["no/such/folder/here", "/no/such/folder", "./no", "~/no", "nobody/no-such-model", "two words", "a..b"]
 )
 def test_neither_folder_nor_hub_model(name, monkeypatch):
+    """What looks like a path is no name on the hub, whose reason would only confuse."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for load in (hub.local_folder, hub.load_tokenizer):
         with pytest.raises(InputError) as error:
             load(name)
         assert name in str(error.value)
         assert "\n" not in str(error.value)
+        path = name.count("/") > 1 or name[0] in "/.~"
+        what = (
+            "; give that of a model, or a hub id such as GSAI-ML/LLaDA-8B-Instruct." if path else ", and the hub does"
+        )
+        assert str(error.value).startswith(f"{name} is not a local folder{what}")
 
 
-def test_a_file_is_no_model_folder(base, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"config\.json"):
+def test_a_file_is_no_model_folder(base):
+    with pytest.raises(InputError, match=r"config\.json is not a local folder; give that of a model"):
         hub.local_folder(str(base / "config.json"))
 
 
