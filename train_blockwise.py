@@ -46,17 +46,17 @@ MAX_GRAD_NORM: at_least(1e-12) = 1.0  # larger gradients are scaled down
 MICRO_BSIZE: at_least(1) = 32  # per rank and forward pass; out of memory: halve this, double GRAD_ACC
 GRAD_ACC: at_least(1) = 1  # forward passes per optimizer step
 EPOCHS: at_least(1) = 1  # in each, a sample trains one block that it has not trained yet
-TOTAL_TRAIN_STEPS: at_least(0) = 0  # optimizer steps; 0 = as many as EPOCHS gives
+TOTAL_TRAIN_STEPS: at_least(0) = 0  # 0 = as many as EPOCHS gives
 SEED: between(0, 4294967295) = 42  # of sample order, masks, adapters, dropout
 
 # ---------------------------------------------------------------- saving and resuming
-SAVE_EVERY: at_least(0) = 0  # optimizer steps between checkpoints; 0 = once, at the end
+SAVE_EVERY: at_least(0) = 0  # steps between checkpoints; 0 = once, at the end
 SAVE_DTYPE: one_of("bfloat16", "float16", "float32") = "bfloat16"  # bfloat16 rounds small updates away
 VAL_EVERY: at_least(0) = 0  # steps between validations; 0 = once, at the end
 SAMPLE_EVERY: at_least(0) = 0  # steps between answers to training prompts in samples.jsonl; 0 = never
 TRACKER: one_of("", "tensorboard", "trackio", "wandb") = ""  # gets metrics.csv, too
 RESUME = False  # True: resume the newest unfinished run of this CKPT_DIR
-RESUME_EVERY: at_least(0) = 0  # optimizer steps between resume points; 0 = only at checkpoints
+RESUME_EVERY: at_least(0) = 0  # steps between resume points; 0 = only at checkpoints
 MAX_BAD_STEPS: at_least(1) = 3  # the run stops after N non-finite losses or gradients in a row
 
 # ---------------------------------------------------------------- speed and memory

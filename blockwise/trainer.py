@@ -198,15 +198,7 @@ def start(
     )  # (P, 2)
     steps = plan_steps(knobs, ranks, samples, plan)
     engines.start_group()
-    alpha = engines.lora_alpha(knobs)
-    now = ranks.on_first_rank(
-        lambda: constants.constants_of(knobs, ranks, steps, hub.fingerprint(base), lora_alpha=alpha)
-    )
-    folder = ranks.on_first_rank(lambda: open_folder(knobs, ranks, steps, now))
-    if not folder:
-        dist.destroy_process_group()
-        sys.exit(0)
-    ranks.on_all_ranks(lambda: hold_folder(folder, ranks))
+    folder, now = claim_folder(knobs, ranks, steps, base)
     if previews:
         what = f"every {knobs.SAMPLE_EVERY} steps, answers to {len(previews.prompts)} training prompts"
         print0(ranks, "previews", f"{what}: {folder.path}/{SAMPLES}")
@@ -219,6 +211,23 @@ def start(
         knobs, ranks, base, samples, plan, noise, loss, steps, folder, logs, model, engine, previews, val, entries, now,
         new_files,
     )  # fmt: skip
+
+
+def claim_folder(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: Path) -> tuple[RunFolder, dict]:
+    """The folder of the run, locked by all ranks, and the constants in force. Raises InputError.
+
+    Exits with 0 if the run to resume is finished.
+    """
+    alpha = engines.lora_alpha(knobs)
+    now = ranks.on_first_rank(
+        lambda: constants.constants_of(knobs, ranks, steps, hub.fingerprint(base), lora_alpha=alpha)
+    )
+    folder = ranks.on_first_rank(lambda: open_folder(knobs, ranks, steps, now))
+    if not folder:
+        dist.destroy_process_group()
+        sys.exit(0)
+    ranks.on_all_ranks(lambda: hold_folder(folder, ranks))
+    return folder, now
 
 
 def open_folder(knobs: SimpleNamespace, ranks: Ranks, steps: int, now: dict) -> RunFolder | None:

@@ -95,7 +95,7 @@ def test_nothing_is_renamed_before_it_is_on_the_disk(uninterrupted):
             renames += 1
         elif kind in ("step", "os.remove"):  # what was there before may go only now
             assert not unsure, event
-    assert renames == 1 + 4 + 2 + 4  # constants, resume points, checkpoints, resume points that go
+    assert renames == 2 + 4 + 2 + 4  # constants and ds_zero2.json, resume points, checkpoints, resume points that go
 
 
 OTHERS = {
