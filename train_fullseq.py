@@ -57,6 +57,7 @@ MAX_BAD_STEPS: at_least(1) = 3  # the run stops after N non-finite losses or gra
 
 # ---------------------------------------------------------------- speed and memory
 BF16 = True  # False = fp32, for CPUs
+BASE_4BIT = False  # True: the base in 4 bits under 16-bit adapters; needs bitsandbytes
 GRADIENT_CHECKPOINTING = False  # True: far less memory for one more forward pass
 COMPILE = False  # True: torch compiles the layers; not measured on a GPU yet
 
