@@ -29,7 +29,7 @@ EOS_TAIL = False  # True: the padding up to MAX_LEN is part of the answer, as in
 BOUND_WEIGHTS = False  # True: loss weighted 1/p x number of blocks, Theorem 3.3
 
 # ---------------------------------------------------------------- adapters
-LORA_RANK: at_least(0) = 256  # 0 = full fine-tuning: all weights are trained, without adapters
+LORA_RANK: at_least(0) = 256  # 0 = full fine-tuning, without adapters
 LORA_ALPHA: at_least(0) = 0  # 0 = twice LORA_RANK
 LORA_DROPOUT: between(0.0, 0.99) = 0.05  # 0.0 saves a third of the activation memory
 TARGET_MODS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # layers with adapters
@@ -41,7 +41,7 @@ WARMUP_TYPE: one_of("linear", "log") = "linear"  # log: DeepSpeed's WarmupCosine
 WARMUP_RATIO: between(0.0, 1.0) = 0.1  # share of the steps with warm-up; then LR_SCHEDULE
 LR_SCHEDULE: one_of("cosine", "constant", "wsd") = "cosine"  # wsd: constant, then linear over the last DECAY_RATIO
 DECAY_RATIO: between(0.0, 1.0) = 0.1  # share of the steps with the linear decay of wsd
-MIN_LR_RATIO: between(0.0, 1.0) = 0.01  # share of LR that is left in the last step; a constant LR_SCHEDULE ignores it
+MIN_LR_RATIO: between(0.0, 1.0) = 0.01  # share of LR left in the last step; LR_SCHEDULE constant ignores it
 MAX_GRAD_NORM: at_least(1e-12) = 1.0  # larger gradients are scaled down
 MICRO_BSIZE: at_least(1) = 32  # per rank and forward pass; out of memory: halve this, double GRAD_ACC
 GRAD_ACC: at_least(1) = 1  # forward passes per optimizer step
@@ -61,8 +61,9 @@ MAX_BAD_STEPS: at_least(1) = 3  # the run stops after N non-finite losses or gra
 
 # ---------------------------------------------------------------- speed and memory
 BF16 = True  # False = fp32, for CPUs
+BASE_4BIT = False  # True: the base in 4 bits; needs bitsandbytes
 GRADIENT_CHECKPOINTING = False  # True: far less memory for one more forward pass
-COMPILE = False  # True: torch compiles the layers; not measured on a GPU yet
+COMPILE = False  # True: compiled layers; not measured on a GPU yet
 
 
 def main():

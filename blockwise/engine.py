@@ -32,6 +32,10 @@ def check_model(folder: Path, knobs: SimpleNamespace) -> PreTrainedConfig:
     for name in knobs.TARGET_MODS if knobs.LORA_RANK else []:
         if name not in linears:
             raise InputError(f"TARGET_MODS: {name!r} matches no layer of the model; choose from {', '.join(linears)}.")
+    if knobs.BASE_4BIT:
+        if not knobs.LORA_RANK:
+            raise InputError("BASE_4BIT=True needs adapters: weights of 4 bits cannot be trained; raise LORA_RANK.")
+        models.check_four_bit(config)
     mask_id = getattr(config, "mask_token_id", None)
     if mask_id not in (None, knobs.MASK_ID):
         raise InputError(f"MASK_ID={knobs.MASK_ID}, but {folder}/config.json has mask_token_id {mask_id}.")
@@ -53,7 +57,8 @@ def load_model(folder: Path, knobs: SimpleNamespace, ranks: Ranks) -> PeftModel 
     """The base in training mode, the same on every rank: with adapters in its own dtype, or all weights trained."""
     if ranks.rank:
         transformers.utils.logging.disable_progress_bar()
-    model = models.load_model(folder, torch.bfloat16 if knobs.BF16 else torch.float32, ranks.device)
+    dtype = torch.bfloat16 if knobs.BF16 else torch.float32
+    model = models.load_model(folder, dtype, ranks.device, knobs.BASE_4BIT)
     if getattr(knobs, "ATTENTION", "sdpa") == "flex":  # a knob of block diffusion only
         model.set_attn_implementation("flex_attention")
     if knobs.GRADIENT_CHECKPOINTING:
@@ -78,7 +83,7 @@ def add_adapters(model: PreTrainedModel, knobs: SimpleNamespace, ranks: Ranks) -
         target_modules=knobs.TARGET_MODS,
     )  # fmt: skip
     model = get_peft_model(model, lora, autocast_adapter_dtype=False)
-    adapted = sum(layer.weight.numel() for name, layer in checkpoint.lora_layers(model))
+    adapted = sum(layer.in_features * layer.out_features for name, layer in checkpoint.lora_layers(model))
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     total = model.num_parameters() - trainable
     size = f"rank {knobs.LORA_RANK}, alpha {lora_alpha(knobs)}"

@@ -431,7 +431,7 @@ def save_checkpoint(run: Run, step: int) -> None:
     files.publish(ranks, run.folder.path / f"step{step:04d}.unfinished", folder, write_files, content={})
     rounding = sum(ranks.on_all_ranks(lambda: rounding), checkpoint.Rounding())
     print0(ranks, "checkpoint", f"{folder}/ in {time.perf_counter() - began:.1f} s; {rounding.sentence(dtype)}")
-    if step == run.steps and run.knobs.LORA_RANK:
+    if step == run.steps and run.knobs.LORA_RANK and not run.knobs.BASE_4BIT:  # 4 bits cannot hold merged weights
         ranks.on_first_rank(lambda: print0(ranks, "", gap_on_first_samples(run, folder)))
 
 

@@ -35,8 +35,10 @@ def pytest_configure(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """The packages of requirements-lm-eval.txt are there with --full only."""
-    return True if collection_path.name == "test_lm_eval.py" and not config.getoption("full") else None
+    """The packages of requirements-lm-eval.txt and requirements-4bit.txt are there with --full only."""
+    return (
+        True if collection_path.name in ("test_lm_eval.py", "test_4bit.py") and not config.getoption("full") else None
+    )
 
 
 def pytest_collection_modifyitems(config, items):

@@ -5,6 +5,7 @@ their config. With that, most decoders of transformers attend in both directions
 `check_both_directions` finds out.
 """
 
+import importlib.util
 import json
 import re
 import sys
@@ -15,7 +16,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -136,6 +137,17 @@ def check_supported(config: PreTrainedConfig, folder: str | Path) -> None:
         raise InputError(f"{folder}: this {config.model_type} model {problem}; it cannot be a base.")
 
 
+def check_four_bit(config: PreTrainedConfig) -> None:
+    """Whether load_model(four_bit=True) can hold a model of this config. Raises InputError."""
+    # experts are no linear layers, and Conv1D holds its weight transposed, which merging would not know
+    if config.model_type in EXPERTS or any(isinstance(module, Conv1D) for module in meta_model(config).modules()):
+        raise InputError(
+            f"BASE_4BIT=True: {config.model_type} models hold their weights in a form that it cannot read."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("BASE_4BIT=True needs the package bitsandbytes; pip install -r requirements-4bit.txt.")
+
+
 def check_tensors(folder: str | Path, config: PreTrainedConfig) -> None:
     """Compares the names and shapes in a checkpoint's files with what the config needs, before anything is loaded.
 
@@ -167,16 +179,21 @@ def check_tensors(folder: str | Path, config: PreTrainedConfig) -> None:
 
 
 def load_model(
-    folder: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+    folder: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu", four_bit: bool = False
 ) -> PreTrainedModel:
-    """Loads a checkpoint that predicts masks, every tensor checked by name and shape. Raises InputError."""
+    """Loads a checkpoint that predicts masks, every tensor checked by name and shape. Raises InputError.
+
+    four_bit: hold linear layers but the head as bitsandbytes' nf4, and compute with them in dtype.
+    """
     config = load_config(folder)
     check_tensors(folder, config)
     if not sys.stderr.isatty():  # a bar that is redrawn would fill the file
         transformers.utils.logging.disable_progress_bar()
+    how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, device_map={"": device}, output_loading_info=True, trust_remote_code=False
-    )
+        folder, config=config, dtype=dtype, device_map={"": device}, output_loading_info=True, trust_remote_code=False,
+        quantization_config=BitsAndBytesConfig(**how) if four_bit else None,
+    )  # fmt: skip
     if info["missing_keys"] or info["unexpected_keys"]:  # transformers would continue, with random weights
         raise RuntimeError(f"this version of transformers did not rename the tensors of {folder}: {info}")
     check_both_directions(model, folder)

@@ -79,6 +79,8 @@ WRONG_FILES = [  # knobs of a trainer, and what is said
     ({"MAX_LEN": 64}, "more than MAX_LEN=64"),
     ({"MAX_LEN": 4096}, "the model has 1024 positions"),
     ({"MICRO_BSIZE": 60}, "fewer than one global batch"),
+    ({"BASE_4BIT": True, "LORA_RANK": 0}, "BASE_4BIT=True needs adapters"),
+    ({"BASE_4BIT": True}, "needs the package bitsandbytes; pip install -r requirements-4bit.txt"),
     ({"TOTAL_TRAIN_STEPS": 1000}, "TOTAL_TRAIN_STEPS=1000 is more than"),
 ]
 NO_ADAPTER = "--adapter folder: adapter_config.json is missing; give the folder adapter/ of a checkpoint"

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_a2d import KINDS, convert
 from test_llada import TINY
 from test_llada_moe import write as write_llada_moe
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen3MoeConfig
 
 from blockwise.cli import InputError
 from blockwise.decoding import decode
@@ -141,3 +141,9 @@ def test_it_decodes(trained):
     first = both[0, 0].item()
     stopped, _ = decode.decode(model, prompts[:1], Settings(8, 4, 4, stop_at_end=True), [first])
     assert stopped[0].tolist() == both[0, :4].tolist() + [1] * 4
+
+
+@pytest.mark.parametrize("config", [GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=8), Qwen3MoeConfig()])
+def test_kinds_of_which_4_bits_are_refused(config):
+    with pytest.raises(InputError, match=f"BASE_4BIT=True: {config.model_type} models hold their weights in a form"):
+        models.check_four_bit(config)
