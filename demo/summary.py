@@ -47,7 +47,7 @@ def show_answer(folder: Path, problem: dict, block_size: int) -> None:
     settings = Settings(4 * block_size, block_size, 4 * block_size)
     print(f"{folder} answers {problem['question']}   (right: {problem['gold']!r})")
     ends = decode.end_ids(model, tokenizer)
-    steps = (ids[0].tolist() for ids, _ in decode.stream(model, [prompt], settings, ends))
+    steps = ((ids[0].tolist(), rows) for ids, rows in decode.stream(model, [prompt], settings, ends))
     chat.show_blocks(steps, tokenizer, model.config.mask_token_id, ends, block_size)
 
 
