@@ -134,10 +134,13 @@ def show_blocks(answers, tokenizer, mask_id: int, ends: list[int], block_length:
 
     answers: (ids, forward passes so far) after each step.
     """
+    from blockwise.decoding import decode
+
     shown = 0
     for ids, _ in answers:
         while shown < len(ids) and mask_id not in (block := ids[shown : shown + block_length]):
             if not any(token in ends for token in ids[:shown]):
+                block = block[: decode.length(block, ends)]
                 text = tokenizer.decode(block, skip_special_tokens=True).replace("\n", "⏎")
                 print(f"block {shown // block_length + 1}  {text}", flush=True)
             shown += block_length

@@ -1,7 +1,8 @@
 """Block-by-block decoding with low-confidence remasking, as a function of ids (LLaDA, arXiv 2502.09992).
 
 The canvas is the prompt and gen_length masks. Blocks are written from left to right; within a block every step runs the
-model over the whole canvas and commits the tokens that it is most confident of. Committed tokens stay.
+model over the whole canvas and commits the tokens that it is most confident of. Committed tokens stay. With the sampler
+`conv`, conv.py writes the whole answer at once.
 
 Letters in shapes: B prompts, R rows of a forward pass, P longest prompt, G gen_length, L = P + G columns of the canvas,
 K block_length, V vocabulary.
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from blockwise.cli import InputError
+from blockwise.decoding import conv
 from blockwise.decoding.settings import Settings, from_flags
 from blockwise.models import base as models
 from blockwise.models import hub
@@ -79,8 +81,8 @@ def decode(
 
     model: LLaDAForCausalLM in evaluation mode; prompts: list of lists of ids; end_ids: tokens that end an answer.
     watch: see Watch.
-    At temperature 0, with low_confidence remasking and without a cache, a batch gives what its prompts give one by
-    one, up to rounding.
+    At temperature 0, with low_confidence or nearness remasking and without a cache, a batch gives what its prompts give
+    one by one, up to rounding; so does the sampler `conv`, with the same generator for one after the other.
     """
     rows = 0
     for answers, rows in stream(model, prompts, settings, end_ids, generator, watch):  # noqa: B007
@@ -94,9 +96,24 @@ def stream(
     generator: torch.Generator | None = None, watch: Watch | None = None,
 ) -> Iterator[tuple[Tensor, int]]:  # fmt: skip
     """decode, step by step: yields (ids (B, G), with masks where nothing is written yet, and rows so far)."""
-    mask_id, steps = model.config.mask_token_id, settings.steps * settings.block_length // settings.gen_length
     check_settings(model.config, settings)
     canvas = make_canvas(model.config, prompts, settings.gen_length, model.device)
+    if settings.sampler == "blocks":
+        yield from stream_blocks(model, canvas, settings, end_ids, generator, watch)
+        return
+    answers, special = slice(canvas.start, canvas.ids.shape[1]), (model.config.mask_token_id, eos_ids(model.config)[0])
+
+    def forward(rows):
+        return Forward(model, canvas, rows, answers, settings).first()
+
+    yield from conv.stream(canvas, forward, settings, *special, end_ids, generator, watch)
+
+
+def stream_blocks(
+    model, canvas, settings: Settings, end_ids: list[int], generator: torch.Generator | None, watch: Watch | None
+) -> Iterator[tuple[Tensor, int]]:  # fmt: skip
+    """stream for the sampler `blocks`."""
+    mask_id, steps = model.config.mask_token_id, settings.steps * settings.block_length // settings.gen_length
     ids, rows = canvas.ids, 0  # (B, L)
     ends, open_rows = torch.tensor(end_ids, dtype=torch.long, device=ids.device), torch.arange(len(ids)).to(ids.device)
     last = [*settings.begin_suppress_tokens, *(end_ids if settings.suppress_end else ())]
@@ -116,8 +133,8 @@ def stream(
                 todo, logits = forward.rows, forward.again(ids)
             rows += len(todo) * (2 if settings.cfg_scale else 1)
             number = settings.block_length // steps + (step < settings.block_length % steps)
-            old = ids[todo, block]
-            ids[todo, block] = commit(logits, old, mask_id, number, settings, last, generator)
+            old, near = ids[todo, block], nearness(canvas, todo, block, mask_id, settings)
+            ids[todo, block] = commit(logits, old, mask_id, number, settings, last, generator, near)
             if watch:
                 watch(start, logits, old, ids[todo, block])
             yield canvas.answers(), rows
@@ -142,6 +159,8 @@ def infill(
     """
     if block_diffusion_size(model.config):
         raise InputError("this checkpoint was trained to see no later block, so it cannot fill in gaps.")
+    if settings.sampler != "blocks":
+        raise InputError("gaps are filled in window by window; leave sampler at 'blocks'.")
     if settings.cfg_scale or settings.cache != "none":
         raise InputError("filling in gaps has neither guidance nor a cache; leave cfg_scale and cache as they are.")
     config, longest = model.config, max(map(len, texts))
@@ -159,8 +178,8 @@ def infill(
         number = min(per_step, window.stop - window.start)
         while len(todo := (ids[:, window] == config.mask_token_id).any(dim=1).nonzero()[:, 0]):
             logits = Forward(model, canvas, todo, window, settings).first()
-            old = ids[todo, window]
-            ids[todo, window] = commit(logits, old, config.mask_token_id, number, settings, last, generator)
+            old, near = ids[todo, window], nearness(canvas, todo, window, config.mask_token_id, settings)
+            ids[todo, window] = commit(logits, old, config.mask_token_id, number, settings, last, generator, near)
             if watch:
                 watch(start, logits, old, ids[todo, window])
     return [row[: len(text)].tolist() for row, text in zip(ids, texts)]
@@ -178,6 +197,10 @@ class Canvas:
     def answers(self) -> Tensor:
         """The answers as they are now, (B, G)."""
         return self.ids[self.answer].view(len(self.ids), -1)
+
+    def visible(self, rows: Tensor, mask_id: int) -> Tensor:
+        """Where some rows (R,) have a token that is neither padding nor a mask, (R, L) bool."""
+        return self.seen[rows] & (self.ids[rows] != mask_id)
 
     @cached_property
     def prompt(self) -> Tensor:
@@ -243,7 +266,11 @@ def check_settings(config, settings: Settings) -> None:
     for token in settings.suppress_tokens + settings.begin_suppress_tokens:
         if token >= config.vocab_size:
             raise InputError(f"token {token} cannot be suppressed: the model has {config.vocab_size:,} tokens.")
+    if settings.top_k >= config.vocab_size:
+        raise InputError(f"top_k {settings.top_k}: give less than the model's {config.vocab_size:,} tokens.")
     size = block_diffusion_size(config)
+    if size and settings.sampler != "blocks":
+        raise InputError("this checkpoint was trained to write blocks from left to right; leave sampler at 'blocks'.")
     if size and settings.block_length != size:
         raise InputError(f"this checkpoint writes blocks of {size} tokens; give --block_length {size}.")
     if size and settings.cache != "none":
@@ -360,13 +387,22 @@ class Forward:
         return guided(logits, self.settings.cfg_scale)
 
 
+def nearness(canvas: Canvas, rows: Tensor, block: slice, mask_id: int, settings: Settings) -> Tensor | None:
+    """conv.nearness of a block in some rows (R,) of the canvas, (R, K), if remasking goes by it."""
+    if settings.remasking == "nearness":
+        return conv.nearness(canvas.visible(rows, mask_id), settings.window)[:, block]
+    return None
+
+
 def commit(
-    logits: Tensor, block: Tensor, mask_id: int, number: int, settings: Settings, last: list[int], generator=None
-) -> Tensor:
+    logits: Tensor, block: Tensor, mask_id: int, number: int, settings: Settings, last: list[int], generator=None,
+    near: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Writes the `number` tokens of each row that the model is most confident of, or all above the threshold.
 
     logits (R, K, V) fp32; block (R, K) ids with masks; last: ids that are written after all others. Confidence is the
-    probability among the tokens that are not in `last`, as in LLaDA's code. Returns the block with the tokens written.
+    probability among the tokens that are not in `last`, as in LLaDA's code; near (R, K): see conv.nearer. Returns the
+    block with the tokens written.
     """
     if settings.suppress_tokens:
         logits = logits.index_fill(-1, torch.tensor(settings.suppress_tokens, device=logits.device), -torch.inf)
@@ -381,6 +417,9 @@ def commit(
         late = torch.isin(token, ids)  # (R, K)
         if settings.remasking != "random":
             confidence = torch.where(late, confidence, probability(logits.index_fill(-1, ids, -torch.inf), token))
+    if near is not None:
+        confidence = conv.nearer(confidence, near)
+    if last:
         confidence = confidence - 2.0 * late
     masked = block == mask_id
     confidence = confidence.masked_fill(~masked, -torch.inf)

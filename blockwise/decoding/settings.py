@@ -27,7 +27,7 @@ class Settings:
     block_length: int = setting(32, "tokens of a block; best the BLOCK_SIZE of the training")
     steps: int = setting(256, "forward passes for the whole answer, shared evenly by the blocks")
     temperature: float = setting(0.0, "0 writes the most likely token, more draws from the probabilities")
-    remasking: str = setting("low_confidence", "which tokens wait: low_confidence, or random ones")
+    remasking: str = setting("low_confidence", "which tokens wait: low_confidence, random ones, or nearness")
     cfg_scale: float = setting(0.0, "classifier-free guidance: a second pass with the prompt masked")
     suppress_end: bool = setting(False, "write tokens that end an answer last in their block")
     threshold: float = setting(0.0, "write every token whose probability is above this; 0 = as many as --steps says")
@@ -35,6 +35,9 @@ class Settings:
     cache: str = setting("none", "keep keys and values within a block: none, prefix, or dual (prefix and suffix)")
     suppress_tokens: list = token_ids("ids of tokens that are never written")
     begin_suppress_tokens: list = token_ids("ids of tokens that are written last in their block")
+    sampler: str = setting("blocks", "blocks from left to right, or conv: all of the answer, near what is written")
+    window: int = setting(128, "tokens around what is written, for conv and nearness; made odd")
+    top_k: int = setting(1, "the likeliest tokens that a position draws from, for conv")
 
     def __post_init__(self):
         for one in fields(self):
@@ -44,6 +47,8 @@ class Settings:
                     raise InputError(f"{one.name} {value!r} is not a list of token ids, such as [126081,126348].")
             elif type(value) is not one.type and not (type(value) is int and one.type is float):
                 raise InputError(f"{one.name} {value!r} is not of type {one.type.__name__}.")
+        if self.sampler == "conv":
+            self.block_length = self.gen_length  # all of the answer is one block
         blocks, rest = divmod(self.gen_length, self.block_length) if self.block_length > 0 else (0, 1)
         if rest or blocks < 1:
             raise InputError(f"gen_length {self.gen_length} is not a multiple of block_length {self.block_length}.")
@@ -51,10 +56,35 @@ class Settings:
             raise InputError(f"steps {self.steps} is not a multiple of the {blocks} blocks of the answer.")
         if not (0 <= self.temperature < math.inf and 0 <= self.cfg_scale < math.inf and 0 <= self.threshold < 1):
             raise InputError("temperature and cfg_scale must be at least 0, threshold at least 0 and below 1.")
-        if self.remasking not in ("low_confidence", "random"):
-            raise InputError(f"remasking {self.remasking!r} is neither 'low_confidence' nor 'random'.")
+        if self.remasking not in ("low_confidence", "random", "nearness"):
+            raise InputError(f"remasking {self.remasking!r} is none of 'low_confidence', 'random', 'nearness'.")
         if self.cache not in ("none", "prefix", "dual"):
             raise InputError(f"cache {self.cache!r} is none of 'none', 'prefix', 'dual'.")
+        self.check_sampler()
+
+    def check_sampler(self):
+        """Refuses what a sampler has no use for, and a window that is too small for Conv decoding. Raises InputError.
+
+        Text grows by at most window // 2 tokens a step, and by less while few tokens are written: with half as many
+        steps as are asked for here, simulated answers of 512 tokens kept 70 to 150 masks, with as many, none or one.
+        """
+        if self.sampler not in ("blocks", "conv"):
+            raise InputError(f"sampler {self.sampler!r} is neither 'blocks' nor 'conv'.")
+        if self.window < 2 or self.top_k < 1:
+            raise InputError("window must be at least 2, and top_k at least 1.")
+        if self.sampler == "blocks":
+            if self.top_k != 1 or (self.window != Settings.window and self.remasking != "nearness"):
+                raise InputError("top_k is of sampler 'conv', and window of that and of remasking 'nearness'.")
+            return
+        plain = Settings()
+        for name in ("temperature", "remasking", "suppress_end", "threshold", "cache", "begin_suppress_tokens"):
+            if (value := getattr(self, name)) != getattr(plain, name):
+                raise InputError(f"sampler 'conv' takes no {name} {value!r}; leave it at {getattr(plain, name)!r}.")
+        if self.steps * (self.window // 2) < 2 * self.gen_length:
+            raise InputError(
+                f"{self.steps} steps with window {self.window} may not reach the end of gen_length {self.gen_length}: "
+                f"steps x (window // 2) must be at least {2 * self.gen_length}."
+            )
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +105,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     text = "number type of the weights (default: auto, which is float32 on a CPU and the checkpoint's own on a GPU)"
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help=text)
-    parser.add_argument("--seed", type=int, default=0, help="of --temperature and random remasking (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of all random draws (default: 0)")
 
 
 def check_flags(args: argparse.Namespace) -> None:
