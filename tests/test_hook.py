@@ -112,6 +112,7 @@ def step_of_all_ranks(samples, world, acc, step, noise, loss=masking.weighted_nl
         run = trainer.Run(
             knobs, ranks, base=None, samples=samples, plan=plan_of(samples), noise=noise, loss=loss, steps=3,
             folder=None, logs=None, model=None, engine=engine, previews=None, validation=None, entries={},
+            constants={}, new_files={},
         )  # fmt: skip
         part = trainer.train_step(run, step)
         engines.append(engine)
