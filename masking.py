@@ -299,3 +299,88 @@ def random_lengths(batch: Batch, share: float, generator: torch.Generator) -> tu
     length = torch.where(cut, torch.minimum(shorter, batch.length), batch.length)
     pos = torch.arange(batch.input_ids.shape[1], device=length.device)  # (L,)
     return length, (pos < length[:, None]) | ~cut[:, None]
+
+
+# ---------------------------------------------------------------- R2FT: chosen and rejected continuations
+
+
+def random_cuts(prompt_len: Tensor, length: Tensor, generator: torch.Generator) -> Tensor:
+    """Where answers are cut: uniformly before one of their tokens, but never before the last, which ends them.
+
+    An answer of one token is cut before that. (B,) each.
+    """
+    u = torch.rand(prompt_len.shape, generator=generator, device=prompt_len.device)
+    return prompt_len + (u * (length - prompt_len - 1).clamp(min=1)).long()
+
+
+def repetitions(
+    input_ids: Tensor, length: Tensor, cut: Tensor, end: Tensor, *, phrase: tuple[int, int], repeat: tuple[int, int],
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Draws a wrong continuation of each sample: the phrase before its cut, repeated (R2FT, 2509.15188, algorithm 1).
+
+    An answer that ends with `e`, cut before position 6, with a phrase of 3 tokens, here begun at its second:
+
+        position    0 1 2 3 4 5 | 6 7 8 9 10 11 12 13
+        sample      a b c d e f | g h i j k  e
+        rejected                | e f d e f  e  e  f     position 11: the end of the answer, anywhere but last
+
+    That one token is there so that ending an answer is not unlearned. phrase, repeat: the fewest and most tokens of the
+    phrase and of the repetition, uniform between; the phrase has at most the tokens that are before the cut, and
+    repetitions stop at `end`. A sample with fewer tokens before its cut than the shortest phrase has none.
+    input_ids: (B, L); length, cut, end: (B,). Returns where it is, (B, L) bool, and its tokens, (B, L).
+    """
+    pos = torch.arange(input_ids.shape[1], device=cut.device)  # (L,)
+    u = torch.rand(4, len(cut), generator=generator, device=cut.device)
+    size = phrase[0] + (u[0] * (cut.clamp(phrase[0], phrase[1]) - phrase[0] + 1)).long()  # (B,)
+    first = (u[1] * size).long()  # the token of the phrase to begin with
+    stop = torch.minimum(cut + repeat[0] + (u[2] * (repeat[1] - repeat[0] + 1)).long(), end)  # (B,)
+    source = (cut - size)[:, None] + (pos - cut[:, None] + first[:, None]) % size[:, None]  # (B, L)
+    repeated = input_ids.gather(1, source.clamp(min=0))
+    ending = cut + (u[3] * (stop - cut - 1)).long()  # (B,)
+    ending = (pos == ending[:, None]) & (stop - cut > 1)[:, None]  # (B, L)
+    repeated = torch.where(ending, input_ids.gather(1, length[:, None] - 1), repeated)
+    return (pos >= cut[:, None]) & (pos < stop[:, None]) & (cut >= phrase[0])[:, None], repeated
+
+
+def chosen_and_rejected(
+    batch: Batch, cut: Tensor, end: Tensor, divisor: Tensor, rejected: Tensor, repeated: Tensor, mask_id: int
+) -> Noised:
+    """A global batch for preference_loss: all from the cuts on is masked, and both continuations are supervised there.
+
+    Chosen are the tokens of the answer from its cut to `end`, whose log-probabilities are divided by `divisor`; (G,)
+    each. rejected, repeated: (G, L), see repetitions. Samples without a repetition do not count.
+    """
+    pos = torch.arange(batch.input_ids.shape[1], device=cut.device)  # (L,)
+    counts = rejected.any(dim=1, keepdim=True)  # (G, 1)
+    behind = pos >= cut[:, None]  # (G, L)
+    chosen = behind & (pos < torch.minimum(end, batch.length)[:, None]) & counts
+    extra = {
+        "repeated": repeated,
+        "rejected": rejected / rejected.sum(dim=1, keepdim=True).clamp(min=1),
+        "share": counts[:, 0] / counts.sum().clamp(min=1),  # (G,) of each sample in the mean
+    }
+    inputs, weights = batch.input_ids.masked_fill(behind, mask_id), chosen / divisor[:, None]
+    return Noised(inputs, chosen | rejected, batch.input_ids, weights, extra)
+
+
+def preference_loss(
+    logits: Tensor, part: Noised, *, beta_w: float, beta_l: float, beta_a: float, gamma: float
+) -> Tensor:
+    """The loss of R2FT, in fp32: the mean over samples of
+
+        -log sigmoid(beta_w * m_w - beta_l * m_l - gamma) - beta_a * m_w
+
+    with m_w and m_l the weighted sums of the log-probabilities of chosen and rejected tokens, from the same logits.
+    logits: (n, V) at the supervised positions of `part`, see chosen_and_rejected -> scalar, the part's share.
+    """
+    logits = logits.float()
+    norm = logits.logsumexp(dim=1)  # (n,)
+
+    def mean(tokens, weights):  # (B, L) each -> (B,)
+        at = logits.gather(1, tokens[part.supervised][:, None])[:, 0] - norm  # (n,) log-probabilities
+        return (weights * torch.zeros_like(weights, dtype=at.dtype).masked_scatter(part.supervised, at)).sum(dim=1)
+
+    m_w, m_l = mean(part.targets, part.weights), mean(part.extra["repeated"], part.extra["rejected"])
+    losses = -F.logsigmoid(beta_w * m_w - beta_l * m_l - gamma) - beta_a * m_w
+    return (part.extra["share"] * losses).sum()

@@ -1,4 +1,4 @@
-"""What an answer is worth: right or wrong, how sure the share of right ones is, and whether one model beats another."""
+"""What an answer is worth: right or wrong, how repetitive, how sure shares are, and whether one model beats another."""
 
 import math
 import re
@@ -72,3 +72,17 @@ def paired(base: list[bool], tuned: list[bool]) -> tuple[int, int, tuple[float, 
     changed = gained + lost
     tail = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1)) / 2**changed
     return gained, lost, (low, high), min(1.0, 2 * tail)
+
+
+def repetition(tokens: list[int], n: int = 4) -> float:
+    """The share of an answer's n-grams that it has already had: 1 - distinct / all (Welleck et al. 2019).
+
+    tokens: ids, or any others; 0 for an answer that is too short to have an n-gram.
+    """
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def not_empty(completions: list[str]) -> float:
+    """The share of answers that are more than white space."""
+    return sum(bool(text.strip()) for text in completions) / len(completions)

@@ -20,6 +20,7 @@ OBJECTIVES = {
     "train_fullseq.py": "full-sequence SFT of a masked diffusion model, as LLaDA's"
     " ([arXiv 2502.09992](https://arxiv.org/abs/2502.09992))",
     "train_bd3lm.py": "block diffusion ([arXiv 2503.09573](https://arxiv.org/abs/2503.09573))",
+    "train_r2ft.py": "R2FT, a training against repetition ([arXiv 2509.15188](https://arxiv.org/abs/2509.15188))",
 }
 ELSEWHERE = {"MODEL_NAME", "DATA_PT", "CKPT_DIR"}  # knobs that the card has in other words
 UNSAID = {"model", "weights", "problems", "adapter"}  # of settings.json: what the card is about

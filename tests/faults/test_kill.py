@@ -101,6 +101,7 @@ def test_nothing_is_renamed_before_it_is_on_the_disk(uninterrupted):
 OTHERS = {
     "full fine-tuning": {"LORA_RANK": 0, "LORA_DROPOUT": 0.0},
     "block diffusion": {"script": "train_bd3lm.py", "BLOCKS_FROM": "sample"},
+    "R2FT": {"script": "train_r2ft.py", "VARIANT": "block"},
     "random lengths": {"script": "train_fullseq.py", "RANDOM_LENGTH": 0.5, "LOSS_MEAN": "token", "LR_SCHEDULE": "wsd"},
 }
 
