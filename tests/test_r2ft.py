@@ -54,7 +54,7 @@ def test_the_picture():
 
 @pytest.mark.parametrize("phrase, repeat", [((1, 14), (30, 49)), ((3, 3), (2, 2)), ((2, 6), (4, 9))])
 def test_repetitions_are_those_of_a_loop(phrase, repeat):
-    """Samples of all kinds: cut at the start, with less before it than a phrase, near MAX_LEN, in a last short block."""
+    """Of all kinds: cut at the start, with less before it than a phrase, near MAX_LEN, in a last short block."""
     width = 60
     batch = batch_of([(20, 50), (0, 40), (1, 12), (5, 60), (58, 60), (59, 60), (0, 1), (10, 30)] * 25, width)
     cut = masking.random_cuts(batch.prompt_len, batch.length, seeded(3))
