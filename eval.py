@@ -212,6 +212,7 @@ def answer(
         for i, answer in zip(batch, ids):
             text, tokens = decode.completion(tokenizer, answer, ends), decode.length(answer, ends)
             result = {"completion": text, "correct": right(text, problems[i]["gold"]), "tokens": tokens}
+            result["rep4"] = scoring.repetition(answer[:tokens])
             lines.append({"problem": i} | problems[i] | result | cost)
         append(folder / f"answers.rank{ranks.rank}.jsonl", lines)
         bar.update(len(batch))
@@ -313,6 +314,18 @@ def figures(answers: list[dict]) -> tuple[float, tuple[float, float], float, flo
     return right / len(answers), scoring.wilson(right, len(answers)), tokens / seconds, forwards / tokens
 
 
+def text_figures(answers: list[dict]) -> tuple[str, str]:
+    """How repetitive the answers are (rep-4, the mean over them), and the share that is not empty, as text.
+
+    "-" for repetition if lines of an earlier version are among them, which do not say it.
+    """
+    from blockwise import scoring
+
+    known = all("rep4" in row for row in answers)
+    repetition = f"{sum(row['rep4'] for row in answers) / len(answers):.1%}" if known else "-"
+    return repetition, f"{scoring.not_empty([row['completion'] for row in answers]):.1%}"
+
+
 def report(
     names: list[str], answers: list[list[dict]], args: argparse.Namespace, settings: Settings, wraps: str
 ) -> None:  # fmt: skip
@@ -320,14 +333,17 @@ def report(
     from blockwise import scoring
 
     width = max(map(len, names))
-    print(f"\n{'':{width}}  problems  Pass@1   95 % interval  tokens/s  forwards/token")
+    print(f"\n{'':{width}}  problems  Pass@1   95 % interval  tokens/s  forwards/token   rep-4  not empty")
     for name, rows in zip(names, answers):
         share, (low, high), speed, forwards = figures(rows)
         interval = f"{low:.1%} - {high:.1%}"
-        print(f"{name:{width}}  {len(rows):>8,}{share:>8.1%}{interval:>16}{speed:>10,.0f}{forwards:>16.2f}")
+        repetition, not_empty = text_figures(rows)
+        costs = f"{speed:>10,.0f}{forwards:>16.2f}{repetition:>8}{not_empty:>11}"
+        print(f"{name:{width}}  {len(rows):>8,}{share:>8.1%}{interval:>16}{costs}")
     print(f"\n{args.task}, {', '.join(f'{key} {value}' for key, value in asdict(settings).items())},")
     print(f"batch_size {args.batch_size}, dtype {args.dtype}, seed {args.seed}, wrap {wraps}.")
     print("Tokens are those of the answers, up to the one that ends them; tokens/s are per rank.")
+    print("rep-4: share of an answer's sequences of 4 tokens that it has already had, mean over the answers.")
     if len(names) == 2:
         base, tuned = ([row["correct"] for row in rows] for rows in answers)
         gained, lost, (low, high), p = scoring.paired(base, tuned)

@@ -28,7 +28,7 @@ RESULTS = runner.ROOT / "experiments/repetition.csv"
 BASE_STEPS, STEPS, BASE_LR, LRS = 1000, 100, 3e-3, (1e-4, 3e-4, 1e-3)
 PROMPT, ANSWER, BLOCK, PROMPTS = 16, 48, 16, 128  # tokens, of which the first two make a sample; prompts to continue
 DECODINGS = {"window": {"block_length": ANSWER, "steps": 12}, "blocks": {"block_length": BLOCK, "steps": ANSWER}}
-WORSE = 0.05  # nats per chosen token by which a learning rate may be worse than the base, to be chosen
+WORSE = 0.1  # nats per chosen token by which a learning rate may be worse than the base, to be chosen
 
 BASE = Setting("base", FULLSEQ, {"BOUND_WEIGHTS": True, "EPOCHS": 10}, task=text.TEXT)
 METHODS = [

@@ -57,6 +57,8 @@ def test_each_line_is_what_decoding_gives(whole, base, tokenizer):
         assert row["completion"] == tokenizer.decode(ids[:end], skip_special_tokens=True)
         assert row["tokens"] == (16 if end is None else end + 1) and row["forwards"] == rows_run == 8
         assert row["correct"] is False  # a random model
+        grams = [tuple(ids[i : i + 4]) for i in range(row["tokens"] - 3)]  # the token that ends it is one of them
+        assert row["rep4"] == (1 - len(set(grams)) / len(grams) if grams else 0)
 
 
 def test_the_report_counts(whole, tmp_path, base, data, call):
@@ -67,13 +69,18 @@ def test_the_report_counts(whole, tmp_path, base, data, call):
         assert call(*args)[0] == 0
         rows = answers(tmp_path / f"out/{name}-gsm8k")
         rows = [row | {"correct": row["problem"] in right, "tokens": 4, "seconds": 0.5} for row in rows]
+        for row in rows:
+            row |= {"rep4": 0.5 * (row["problem"] < 11), "completion": " \n" if row["problem"] in right else "a b"}
+            if name == "b" and row["problem"] == 21:
+                del row["rep4"]  # an earlier version has written this line
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"out/{name}-gsm8k/answers.jsonl").write_text(text)
     models = ("--compare", tmp_path / "a", tmp_path / "b")
     code, out, _ = call(*models, "--data", data, "--output", tmp_path / "out", *SHORT)
     lines = out.splitlines()
-    assert code == 0 and lines[2].split()[1:] == ["22", "13.6%", "4.7%", "-", "33.3%", "8", "2.00"]
-    assert lines[3].split()[1:3] == ["22", "27.3%"]
+    assert code == 0 and lines[2].split()[1:] == ["22", "13.6%", "4.7%", "-", "33.3%", "8", "2.00", "25.0%", "86.4%"]
+    assert lines[3].split()[1:3] == ["22", "27.3%"] and lines[3].split()[-2:] == ["-", "72.7%"]
+    assert lines[1].index("rep-4") + 5 == lines[2].index("25.0%") + 5 and len(lines[1]) == len(lines[2])
     assert "gen_length 16, block_length 8, steps 8, temperature 0.0, remasking low_confidence" in out
     assert "+13.6 points" in out and "tuned model solves 5, only the base 2" in " ".join(lines) and "p = 0.45" in out
 

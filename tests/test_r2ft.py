@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TRAINING, launch
 from test_hook import BATCH, LENGTH, MASK, SEED, PlainEngine, plan_of, process_group, samples, step_of_all_ranks  # noqa: F401
 
 import masking
@@ -54,7 +53,7 @@ def test_the_picture():
 
 @pytest.mark.parametrize("phrase, repeat", [((1, 14), (30, 49)), ((3, 3), (2, 2)), ((2, 6), (4, 9))])
 def test_repetitions_are_those_of_a_loop(phrase, repeat):
-    """Of all kinds: cut at the start, with less before it than a phrase, near MAX_LEN, in a last short block."""
+    """Samples of all kinds: with less before the cut than a phrase, cut near MAX_LEN, in a short last block."""
     width = 60
     batch = batch_of([(20, 50), (0, 40), (1, 12), (5, 60), (58, 60), (59, 60), (0, 1), (10, 30)] * 25, width)
     cut = masking.random_cuts(batch.prompt_len, batch.length, seeded(3))
@@ -100,10 +99,8 @@ def test_the_answer_is_cut_and_all_behind_it_is_masked():
         cut, start, end = int(masked[0]), int(batch.prompt_len[i]), int(batch.length[i])
         assert start <= cut < end and masked.tolist() == list(range(cut, 64)), "the padding, too"
         assert noised.input_ids[i, :cut].equal(batch.input_ids[i, :cut])
-        chosen, rejected = (
-            noised.weights[i].nonzero()[:, 0].tolist(),
-            noised.extra["rejected"][i].nonzero()[:, 0].tolist(),
-        )
+        chosen = noised.weights[i].nonzero()[:, 0].tolist()
+        rejected = noised.extra["rejected"][i].nonzero()[:, 0].tolist()
         if counts[i]:
             assert chosen == list(range(cut, end)) and rejected == list(range(cut, min(rejected[-1] + 1, 64)))
             assert 30 <= len(rejected) <= 49 or rejected[-1] == 63
@@ -208,19 +205,17 @@ def test_knobs_that_cannot_be_are_refused(tmp_path, monkeypatch):
         vars(train_r2ft).update(before)
 
 
-def test_it_trains_under_the_launcher_on_one_and_two_ranks(tmp_path, base, pt_file):
-    """With dropout off, losses agree; the validation loss is there, and the card says what the training was."""
-    flags = TRAINING | {
-        "MODEL_NAME": base, "DATA_PT": pt_file, "VAL_PT": pt_file, "LORA_DROPOUT": 0.0, "TOTAL_TRAIN_STEPS": 2,
-        "VARIANT": "block", "SAVE_EVERY": 0, "RESUME_EVERY": 0, "GAMMA": 0.5,
-    }  # fmt: skip
+def test_it_trains_on_one_and_two_ranks(forked, pt_file, tmp_path):
+    """With dropout off, losses agree; so does the validation loss. The card says what the training was."""
+    knobs = {"script": "train_r2ft.py", "VAL_PT": pt_file, "LORA_DROPOUT": 0.0, "TOTAL_TRAIN_STEPS": 2, "GRAD_ACC": 1}
+    knobs |= {"SAVE_EVERY": 0, "RESUME_EVERY": 0, "GAMMA": 0.5}
     lines = []
     for ranks in (1, 2):
-        flags |= {"MICRO_BSIZE": 4 // ranks, "GRAD_ACC": 1, "CKPT_DIR": tmp_path / f"run{ranks}"}
-        done = launch(ranks, "train_r2ft.py", *(f"--{name}={value}" for name, value in flags.items()), cwd=tmp_path)
-        assert done.returncode == 0, done.stdout + done.stderr
-        rows = (tmp_path / f"run{ranks}_logs/metrics.csv").read_text().splitlines()
+        folder = tmp_path / str(ranks)
+        done = forked(folder, ranks, **knobs, MICRO_BSIZE=4 // ranks)
+        assert not any(done.codes), done.output
+        rows = (folder / "out/run ö_logs/metrics.csv").read_text().splitlines()
         lines.append([float(rows[1].split(",")[1]), float(rows[2].split(",")[1]), float(rows[2].split(",")[-1])])
     assert lines[0] == pytest.approx(lines[1], rel=1e-4)
-    card = (tmp_path / "run1_step0002/README.md").read_text()
+    card = (tmp_path / "1/out/run ö_step0002/README.md").read_text()
     assert "R2FT" in card and "2509.15188" in card and "| `GAMMA` | `0.5` |" in card

@@ -105,3 +105,26 @@ def test_mcnemar_by_counting():
         coins = list(product((0, 1), repeat=gained + lost))
         uneven = [abs(2 * sum(c) - len(c)) >= abs(gained - lost) for c in coins]
         assert p == pytest.approx(sum(uneven) / len(uneven))
+
+
+@pytest.mark.parametrize(
+    "tokens, share",
+    [
+        ([], 0), ([5, 5, 5], 0), ([1, 2, 3, 4], 0), ([5] * 5, 1 / 2), ([5] * 20, 16 / 17), ([1, 2] * 4, 3 / 5),
+        ([1, 2, 3, 4, 9, 1, 2, 3, 4], 1 / 6), ([1, 2, 3, 9, 1, 2, 3], 0), (list("abcdabcd"), 1 / 5),
+    ],
+)  # fmt: skip
+def test_repetition(tokens, share):
+    assert scoring.repetition(tokens) == pytest.approx(share)
+
+
+@given(st.lists(st.integers(0, 2), max_size=30), st.integers(1, 5))
+def test_repetition_is_that_of_a_loop(tokens, n):
+    """Each n-gram that has begun earlier, too, counts once."""
+    starts = range(len(tokens) - n + 1)
+    again = sum(any(tokens[i : i + n] == tokens[j : j + n] for j in range(i)) for i in starts)
+    assert scoring.repetition(tokens, n) == pytest.approx(again / len(starts) if starts else 0)
+
+
+def test_the_share_of_answers_that_are_not_empty():
+    assert scoring.not_empty(["", " \n", "a", " b "]) == 0.5 and scoring.not_empty(["0"]) == 1
