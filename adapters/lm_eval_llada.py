@@ -28,7 +28,7 @@ from tqdm import tqdm
 from blockwise.cli import InputError, run_script
 from blockwise.decoding import decode
 from blockwise.decoding.settings import DTYPES, Settings
-from blockwise.run.ranks import Ranks
+from blockwise.run.ranks import Ranks, join_group
 
 
 @register_model("llada")
@@ -48,7 +48,8 @@ class LLaDA(TemplateLM):
         ranks = Ranks.from_environment()
         self._rank, self._world_size, self._device = ranks.rank, ranks.world_size, ranks.device
         if self._world_size > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may have many more tokens to write
+            # a rank may have many more tokens to write than another
+            join_group(lambda: dist.init_process_group("gloo", timeout=timedelta(days=7)))
         # the harness says "cuda" on machines without a GPU, too
         if self._world_size == 1 and device and torch.cuda.is_available():
             self._device = torch.device(device)

@@ -79,6 +79,7 @@ def test_another_run_is_not_resumed(forked, stopped, base, pt_file, tmp_path, re
     change, said = DIFFERENT[what]
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder)
+    shutil.copy(pt_file, folder / "samples.pt")
     if callable(change):  # what the run was started with has other content now
         shutil.copytree(base, tmp_path / "base")
         shutil.copy(pt_file, tmp_path / "samples.pt")
@@ -99,7 +100,7 @@ def test_what_changes_no_number_may_change(forked, stopped, reference, tmp_path,
     path = tmp_path / "run/out/run ö_logs/ablation_config.json"
     constants = json.loads(path.read_text())
     constants["derived"]["torch"] = f"1{constants['derived']['torch']}"
-    for name in ("VAL_PT", "VAL_EVERY", "TRACKER"):  # as in a run of a version without these knobs
+    for name in ("VAL_PT", "VAL_EVERY", "BASE_4BIT", "TRACKER"):  # as in a run of a version without these knobs
         del constants[name]
     path.write_text(json.dumps(constants))
     done = forked(tmp_path / "run", RESUME=True, RESUME_EVERY=0, MAX_BAD_STEPS=5)

@@ -225,6 +225,7 @@ def test_the_real_one_has_7_billion_parameters():
 def test_adapters_go_on_the_attention_only(folder):
     """Else PEFT would adapt the experts of Qwen3-MoE, all in one tensor, which is not how the files have them."""
     knobs = {"LORA_RANK": 4, "MASK_ID": 400, "MAX_LEN": 64, "TARGET_MODS": ["q_proj", "o_proj", "gate_proj"]}
+    knobs["BASE_4BIT"] = False
     with pytest.raises(InputError, match="'gate_proj' matches no layer .* choose from k_proj, o_proj, q_proj, v_proj"):
         engine.check_model(folder, SimpleNamespace(**knobs))
     assert engine.check_model(folder, SimpleNamespace(**knobs | {"TARGET_MODS": ["q_proj"]})).mask_token_id == 400
