@@ -121,6 +121,14 @@ def test_lines_of_a_pipe_are_turns_or_commands_and_answers_come_block_by_block(b
     assert "".join(wanted[3:6]) != "".join(wanted[6:]), "the model has forgotten the first question"
 
 
+def test_a_block_is_printed_up_to_its_end(tokenizer, capsys):
+    """Conv decoding writes the whole answer as one block, and what stands behind its end is no answer."""
+    a, b, c = tokenizer("3 + 4")["input_ids"][:3]
+    answers = [([a, MASK, 7, MASK, c, c], 1), ([a, b, 7, c, c, c], 2)]
+    assert chat.show_blocks(iter(answers), tokenizer, MASK, ENDS, 6) == answers[1][0]
+    assert capsys.readouterr().out == f"block 1  {tokenizer.decode([a, b])}\n"
+
+
 def test_with_an_adapter_answers_are_those_of_base_and_adapters(base, adapter, adapted, tokenizer):
     flags = ("--adapter", str(adapter), "--gen_length", "16", "--block_length", "16", "--steps", "16")
     command = [sys.executable, str(ROOT / "chat.py"), "--model", str(base), *flags]

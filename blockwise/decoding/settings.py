@@ -66,7 +66,7 @@ class Settings:
         """Refuses what a sampler has no use for, and a window that is too small for Conv decoding. Raises InputError.
 
         Text grows by at most window // 2 tokens a step, and by less while few tokens are written: with half as many
-        steps as are asked for here, simulated answers of 512 tokens kept 70 to 150 masks, with as many, none or one.
+        steps as are asked for here, simulated answers of 512 tokens kept 70 to 150 masks, with as many, next to none.
         """
         if self.sampler not in ("blocks", "conv"):
             raise InputError(f"sampler {self.sampler!r} is neither 'blocks' nor 'conv'.")
