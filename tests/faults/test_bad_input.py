@@ -109,7 +109,7 @@ OTHERS = [  # BASE and PT stand for a model and samples that can be used
     ("generate.py", ("--model", "a", "--prompts", "text.pt", "--output", "no/x"), "not a folder that can be written"),
     ("generate.py", ("--model", "a", "--prompts", "text.pt", "--output", "x"), "text.pt, line 1 is not JSON"),
     ("generate.py", ("--model", "a", "--prompt", "x", "--temperature", -1), "temperature and cfg_scale must be"),
-    ("generate.py", ("--model", "a", "--prompt", "x", "--remasking", "best"), "remasking 'best' is neither"),
+    ("generate.py", ("--model", "a", "--prompt", "x", "--remasking", "best"), "remasking 'best' is none of"),
     ("generate.py", ("--model", "a", "--prompt", "x", "--cache", "some"), "cache 'some' is none of"),
     ("generate.py", ("--model", "a", "--prompt", "x", "--seed", -1), "--seed -1 must be"),
     ("generate.py", ("--model", "BASE", "--prompt", "x", "--adapter", "folder"), NO_ADAPTER),
