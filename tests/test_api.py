@@ -75,7 +75,7 @@ def test_bad_arguments(told):
     model, tokenizer = blockwise.load(str(told), device="cpu")
     for prompt, settings, part in (
         ("a", {"gen_lenght": 8}, "gen_lenght"),
-        ("a", {"gen_length": 10}, "multiple"),
+        ("a", {"gen_length": 0}, "at least 1"),
         (3, {}, "a text"),
         ([], {}, "a text"),
     ):

@@ -232,7 +232,9 @@ def test_decoding_with_finished_blocks_kept_is_exact(model, blocks_from):
         guided = Settings(16, 4, 16, cfg_scale=0.5)
         alone = [decode.decode(model, [prompt], guided)[0][0] for prompt in prompts]
         assert torch.equal(decode.decode(model, prompts, guided)[0], torch.stack(alone))
-        for wrong in (Settings(16, 8, 16), Settings(16, 4, 16, cache="prefix")):
+        shorter = decode.decode(model, prompts, Settings(10, 4, 10))[0]  # the blocks stay whole, the answer is cut
+        assert torch.equal(shorter, together[:, :10])
+        for wrong in (Settings(16, 8, 16), Settings(16, 4, 16, cache="prefix"), Settings(16, 4, 16, suffix=0)):
             with pytest.raises(InputError, match="this checkpoint"):
                 decode.decode(model, prompts, wrong)
     finally:

@@ -7,14 +7,27 @@ import sys
 
 import pytest
 import torch
-from conftest import problems
+from conftest import ROOT, problems
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import masking
-from benchmarks import bench_blocks, bench_data, bench_decode, bench_growth, bench_merge, bench_train, common, scale
+from benchmarks import (
+    bench_blocks,
+    bench_data,
+    bench_decode,
+    bench_growth,
+    bench_merge,
+    bench_train,
+    common,
+    report_decode,
+    scale,
+)
 from blockwise import trainer as trainers
+from blockwise.cli import InputError
 from blockwise.data import Samples
+from blockwise.decoding import decode
+from blockwise.decoding.settings import Settings
 from blockwise.models import llada
 from blockwise.run.ranks import Ranks
 
@@ -161,7 +174,7 @@ def test_merge(monkeypatch, capsys):
     assert found["ratios"].keys() == {"seconds", "mb"} and found["checkpoint_mb"] > 1
 
 
-def test_train_and_decode(monkeypatch, capsys):
+def test_train_and_blocks(monkeypatch, capsys):
     size = [part for key in ("vocab_size", "d_model", "n_layers") for part in (f"--{key}", TINY[key])]
     monkeypatch.setattr(common, "own_process", lambda *args, **changes: {"mb": 1.0})
     monkeypatch.setattr(common, "copy_ceiling", lambda device: 1e10)
@@ -169,12 +182,73 @@ def test_train_and_decode(monkeypatch, capsys):
     for variant in found["variants"].values():
         assert len(variant["seconds"]) == 2
         assert variant["loss"] == pytest.approx(found["variants"]["plain"]["loss"], rel=0.1)  # 0.1: dropout
-    _, found = results(bench_decode, monkeypatch, capsys, *size, "--limit", 2, "--gen_length", 16, "--repeats", 1)
-    assert found["variants"]["exact, one by one"]["same_tokens"] == 1.0
     size = [*size, "--block_length", 8, "--prompt_length", 4]
     _, found = results(bench_blocks, monkeypatch, capsys, *size, "--gen_lengths", 16, 32, "--repeats", 2)
     assert found["gen_lengths"].keys() == {"16", "32"}
     assert all(row["low"] <= row["ratio"] <= row["high"] for row in found["gen_lengths"].values())
+
+
+def test_decoders(monkeypatch, capsys, tmp_path, base, dataset_folder):
+    """Every configuration, on two batches of a tiny model; the files are those that are read back."""
+    flags = ("--data", dataset_folder / "train.jsonl", "--limit", 3, "--batch_size", 2, "--gen_length", 8)
+    out, _ = results(bench_decode, monkeypatch, capsys, "--models", base, *flags, "--repeats", 1, "--output", tmp_path)
+    rows = report_decode.read(tmp_path / "decoding.csv")
+    tables = (bench_decode.curves(8, 4), bench_decode.long_curves(16, 4))
+    wanted = [(decoder, len(points)) for table in tables for decoder, points in table.items()]
+    assert [(key, len(some)) for (key, _), some in report_decode.by(rows, "decoder", "gen_length")] == wanted
+    first, _, same = rows[:3]  # plain and exact decoding of the same: what speed and Pass@1 are compared with
+    assert first["times_as_fast"] == 1 and same["to_exact"] == 0 and first["forwards_per_token"] >= 1
+    assert same["forwards_per_token"] == first["forwards_per_token"] and same["tokens_per_second"] > 0
+    short, text = report_decode.short_tables(rows), (tmp_path / "decoding.md").read_text()
+    assert short in out and short in text and text.count("\n| ") == short.count("\n| ") + 1 + len(rows) + 2
+    assert (tmp_path / "decoding.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("steps", (12, 6, 5))
+def test_the_plain_sampler_of_the_benchmark_is_exact_decoding(base, steps):
+    """Of LLaDA's sampler, written a second time: the same tokens, and a forward pass for each row and step."""
+    model, _ = decode.load(str(base), "float32", CPU)
+    prompts = [torch.randint(8, 400, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 4, 7)]
+    settings = Settings(gen_length=12, block_length=12 if steps == 5 else 6, steps=steps)
+    ids, rows = bench_decode.plain(model, prompts, settings)
+    wanted, wanted_rows = decode.decode(model, prompts, settings)
+    assert ids.tolist() == wanted.tolist() and rows == wanted_rows == 3 * steps
+
+
+def test_what_the_tables_of_decoders_say(tmp_path):
+    """Of each decoder the fastest setting that loses at most two points, and which of all are on the front, by hand."""
+    points = (  # decoder, flags, Pass@1, times as fast
+        ("exact", "--steps 16", 0.80, 1.2), ("exact", "--steps 8", 0.70, 2.4), ("conv", "--window 8", 0.60, 3.0),
+        ("threshold", "--threshold 0.9", 0.79, 2.0), ("threshold", "--threshold 0.8", 0.785, 3.0),
+        ("threshold", "--threshold 0.7", 0.77, 4.0), ("suffix", "--suffix 4", 0.9, 1.5), ("suffix", "", 0.81, 1.6),
+    )  # fmt: skip
+    rows = [
+        dict.fromkeys(report_decode.COLUMNS, 0.0)
+        | {"checkpoint": "a", "gen_length": 16, "decoder": decoder, "flags": flags, "pass_at_1": share, "problems": 200}
+        | {"to_exact": share - 0.8, "times_as_fast": fast, "slowest": fast - 0.1, "fastest": fast + 0.1}
+        for decoder, flags, share, fast in points
+    ]
+    assert report_decode.short_tables(rows).splitlines() == [
+        "| `gen_length` 16 | `a` |",
+        "|---|---|",
+        "| exact | `--steps 16`: 80.0%, 1.2 (1.1 - 1.3) times |",
+        "| conv | none; at best 60.0% |",
+        "| threshold | `--threshold 0.8`: 78.5%, 3.0 (2.9 - 3.1) times |",
+        "| suffix | `--suffix 4`: 90.0%, 1.5 (1.4 - 1.6) times |",
+    ]
+    best = [row["flags"] for row in report_decode.front(rows, "times_as_fast", -1)]
+    assert best == ["--threshold 0.7", "--threshold 0.8", "--threshold 0.9", "", "--suffix 4"]
+    (tmp_path / "decoding.csv").write_text("checkpoint,times_as_fast\na,\n")
+    with pytest.raises(InputError, match="no row with seconds yet"):
+        report_decode.read(tmp_path / "decoding.csv")
+
+
+def test_the_page_has_the_tables_of_the_measured_run():
+    folder = ROOT / "benchmarks/figures"
+    rows = report_decode.read(folder / "decoding.csv")
+    short, long = report_decode.short_tables(rows), report_decode.long_tables(rows)
+    assert short in (ROOT / "docs/decoding.md").read_text()
+    assert (folder / "decoding.md").read_text() == "\n".join([report_decode.HEAD, short, *long])
 
 
 @pytest.mark.full

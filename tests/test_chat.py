@@ -157,6 +157,8 @@ def test_drawing_shows_what_is_written_and_the_masks_of_its_block(tokenizer):
     assert (
         chat.drawing([a, b, c, MASK, *[MASK] * 4], tokenizer, MASK, ENDS, 4).plain == tokenizer.decode([a, b, c]) + "·"
     )
+    shorter = chat.drawing([a, b, c, a, MASK, MASK], tokenizer, MASK, ENDS, 4).plain  # its last block has 2 tokens
+    assert shorter == tokenizer.decode([a, b, c, a]) + "··"
     done = [a, b, c, 7, 1, 1, a, 1]
     assert chat.drawing(done, tokenizer, MASK, ENDS, 4).plain == tokenizer.decode([a, b, c])
 
@@ -174,7 +176,7 @@ def test_a_long_conversation_loses_its_oldest_turns_only(base, tokenizer, capsys
 
 def test_bad_input_is_one_sentence(base, tmp_path):
     for flags, said in (
-        (("--model", base, "--steps", 100), "steps 100 is not a multiple"),
+        (("--model", base, "--steps", 5), "steps 5 must be at least 8, one for each block"),
         (("--model", tmp_path), "is not the folder of a model: it has neither config.json nor a tokenizer.\n"),
         (("--model", base, "--adapter", tmp_path), "adapter_config.json is missing"),
     ):

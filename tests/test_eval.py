@@ -231,7 +231,7 @@ def test_other_bad_input_is_refused(base, data, tmp_path, call):
     for more, said in (
         (("--model", tmp_path / "missing"), "is not a local folder"),
         (("--model", tmp_path / "empty"), "empty"),
-        (("--model", base, "--gen_length", 30), "gen_length 30 is not a multiple of block_length 32"),
+        (("--model", base, "--gen_length", 0), "gen_length 0 and block_length 32 must be at least 1"),
         (("--compare", base, tmp_path / "missing"), "missing is not a local folder"),
     ):
         code, _, err = call(*flags, *more)

@@ -113,14 +113,14 @@ def stream_blocks(
     model, canvas, settings: Settings, end_ids: list[int], generator: torch.Generator | None, watch: Watch | None
 ) -> Iterator[tuple[Tensor, int]]:  # fmt: skip
     """stream for the sampler `blocks`."""
-    mask_id, steps = model.config.mask_token_id, settings.steps * settings.block_length // settings.gen_length
+    mask_id = model.config.mask_token_id
     ids, rows = canvas.ids, 0  # (B, L)
     ends, open_rows = torch.tensor(end_ids, dtype=torch.long, device=ids.device), torch.arange(len(ids)).to(ids.device)
     last = [*settings.begin_suppress_tokens, *(end_ids if settings.suppress_end else ())]
     finished = FinishedBlocks(model, canvas, settings) if block_diffusion_size(model.config) else None
     for start in range(canvas.start, ids.shape[1], settings.block_length):
-        block, forward = slice(start, start + settings.block_length), None
-        for step in range(settings.block_length if settings.threshold else steps):
+        block, forward = slice(start, min(start + settings.block_length, ids.shape[1])), None
+        for number in tokens_per_pass(settings, start - canvas.start, block.stop - canvas.start):
             todo = open_rows[(ids[open_rows, block] == mask_id).any(dim=1)]
             if not len(todo):
                 break
@@ -132,7 +132,6 @@ def stream_blocks(
             else:
                 todo, logits = forward.rows, forward.again(ids)
             rows += len(todo) * (2 if settings.cfg_scale else 1)
-            number = settings.block_length // steps + (step < settings.block_length % steps)
             old, near = ids[todo, block], nearness(canvas, todo, block, mask_id, settings)
             ids[todo, block] = commit(logits, old, mask_id, number, settings, last, generator, near)
             if watch:
@@ -161,8 +160,11 @@ def infill(
         raise InputError("this checkpoint was trained to see no later block, so it cannot fill in gaps.")
     if settings.sampler != "blocks":
         raise InputError("gaps are filled in window by window; leave sampler at 'blocks'.")
-    if settings.cfg_scale or settings.cache != "none":
-        raise InputError("filling in gaps has neither guidance nor a cache; leave cfg_scale and cache as they are.")
+    if settings.cfg_scale or settings.cache != "none" or settings.suffix >= 0:
+        raise InputError(
+            "filling in gaps has neither guidance nor a cache, and the model sees all of the text; leave cfg_scale, "
+            "cache and suffix as they are."
+        )
     config, longest = model.config, max(map(len, texts))
     if longest > config.max_position_embeddings:
         raise InputError(f"a text has {longest} tokens; the model has {config.max_position_embeddings} positions.")
@@ -172,7 +174,7 @@ def infill(
         ids[row, : len(text)], seen[row, : len(text)] = torch.tensor(text), True
     canvas = Canvas(ids.to(model.device), seen.to(model.device), (ids == config.mask_token_id).to(model.device), 0)
     ids, last = canvas.ids, settings.begin_suppress_tokens
-    per_step = -(-settings.gen_length // settings.steps)
+    per_step = 1 if settings.threshold or settings.factor else -(-settings.gen_length // settings.steps)
     for start in range(0, longest, settings.block_length):
         window = slice(start, min(start + settings.block_length, longest))
         number = min(per_step, window.stop - window.start)
@@ -215,16 +217,18 @@ class Canvas:
 def make_canvas(config, prompts: list[list[int]], gen_length: int, device) -> Canvas:
     """Prompts on the right edge of P columns, then gen_length masks.
 
-    A block-diffusion model may count its blocks from the start of the prompt: the columns then are such that a block
-    starts in the same column of every row, the first one perhaps with the end of the prompt in it.
+    A block-diffusion model knows whole blocks only: masks fill up the last one, and what is written there is left out.
+    It may count its blocks from the start of the prompt: the columns then are such that a block starts in the same
+    column of every row, the first one perhaps with the end of the prompt in it.
     Raises InputError that names the first prompt that does not fit, or what the model's config lacks.
     """
     special = {"mask_token_id": getattr(config, "mask_token_id", None), "pad_token_id": config.pad_token_id}
     for key, token in [*special.items(), *(("eos_token_id", token) for token in eos_ids(config))]:
         if token is None or not 0 <= token < config.vocab_size:
             raise InputError(f"the model's config.json has {key} {token}; decoding needs one of its tokens there.")
-    size = block_diffusion_size(config) if blocks_from_sample(config) else None
-    over = [len(prompt) % size if size else 0 for prompt in prompts]  # tokens of the prompt in the first block
+    size = block_diffusion_size(config)
+    from_prompt = size if size and blocks_from_sample(config) else 1
+    over = [len(prompt) % from_prompt for prompt in prompts]  # tokens of the prompt in the first block
     start = max(len(prompt) - some for prompt, some in zip(prompts, over))
     width = max(over) + gen_length
     width += -width % size if size else 0
@@ -277,6 +281,22 @@ def check_settings(config, settings: Settings) -> None:
         raise InputError(
             f"cache {settings.cache!r} is approximate; this checkpoint keeps finished blocks exactly: 'none'."
         )
+    if size and settings.suffix >= 0:
+        raise InputError(f"suffix {settings.suffix} has no meaning: this checkpoint sees nothing behind a block.")
+
+
+def tokens_per_pass(settings: Settings, start: int, stop: int) -> list[int]:
+    """How many tokens each pass over a block writes; its tokens are start to stop, counted from the first block.
+
+    With a threshold or factor, at least these are written. All passes up to the end of a block are in proportion to the
+    tokens up to there, rounded down: every block has one, and together they are the steps. Within a block, the first
+    passes write one token more if they cannot all write the same (LLaDA).
+    """
+    size = stop - start
+    if settings.threshold or settings.factor:
+        return [1] * size
+    passes = settings.steps * stop // settings.gen_length - settings.steps * start // settings.gen_length
+    return [size // passes + (step < size % passes) for step in range(passes)]
 
 
 class FinishedBlocks:
@@ -340,6 +360,8 @@ class Forward:
     """The model on some rows of the canvas, for the steps of one block; keeps keys and values if the settings say so.
 
     With guidance, every row comes twice: the second half has its prompt masked.
+    With a suffix window, the columns behind it are left out, L is the number of those that stay, and these keep their
+    positions. Left out is only what stands behind the block, so that the block has the same columns as before.
     """
 
     def __init__(self, model, canvas, rows, block, settings):
@@ -350,9 +372,15 @@ class Forward:
             masked = canvas.without_prompts(rows, slice(None), model.config.mask_token_id)
             self.ids, self.seen = torch.cat([self.ids, masked]), self.seen.repeat(2, 1)
             self.positions = self.positions.repeat(2, 1)
+        self.columns = torch.arange(self.ids.shape[1], device=self.ids.device)  # of the canvas
+        if settings.suffix >= 0:
+            last = self.columns[block.stop + settings.suffix :][-1:] if settings.suffix_last else self.columns[:0]
+            self.columns = torch.cat([self.columns[: block.stop + settings.suffix], last])
+            self.ids, self.seen = self.ids[:, self.columns], self.seen[:, self.columns]
+            self.positions = self.positions[:, self.columns]
 
     def first(self):
-        """Logits (R, K, V) of the block from a pass over the whole canvas."""
+        """Logits (R, K, V) of the block from a pass over the whole canvas, or what the suffix window leaves of it."""
         cache = None if self.settings.cache == "none" else DynamicCache(config=self.model.config)
         columns = torch.arange(self.ids.shape[1], device=self.ids.device)
         logits = self.run(self.ids, columns, columns[self.block], cache)
@@ -367,14 +395,14 @@ class Forward:
 
     def again(self, ids):
         """Logits (R, K, V) of the block from a pass over the columns whose keys and values are not kept. ids: (B, L)"""
-        ids = ids[self.rows][:, self.new].repeat(2 if self.settings.cfg_scale else 1, 1)
+        ids = ids[self.rows][:, self.columns[self.new]].repeat(2 if self.settings.cfg_scale else 1, 1)
         wanted = torch.arange(self.block.stop - self.block.start, device=ids.device)
         logits = self.run(ids, self.new, wanted, self.cache, self.kept)
         self.cache.crop(-len(self.new))
         return logits
 
     def run(self, ids, columns, wanted, cache, kept=None):
-        """The model on ids, which stand in these columns of the canvas; wanted: where in `ids` the head is needed."""
+        """The model on ids, which stand in these of the L columns; wanted: where in `ids` the head is needed."""
         seen = self.seen if kept is None else self.seen[:, torch.cat([kept, columns])]
         logits = self.model(
             input_ids=ids,
@@ -398,7 +426,7 @@ def commit(
     logits: Tensor, block: Tensor, mask_id: int, number: int, settings: Settings, last: list[int], generator=None,
     near: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Writes the `number` tokens of each row that the model is most confident of, or all above the threshold.
+    """Writes the `number` tokens of each row that the model is most confident of, and more by threshold or factor.
 
     logits (R, K, V) fp32; block (R, K) ids with masks; last: ids that are written after all others. Confidence is the
     probability among the tokens that are not in `last`, as in LLaDA's code; near (R, K): see conv.nearer. Returns the
@@ -424,10 +452,24 @@ def commit(
     masked = block == mask_id
     confidence = confidence.masked_fill(~masked, -torch.inf)
     chosen = torch.zeros_like(masked)
-    chosen.scatter_(1, confidence.topk(1 if settings.threshold else number, dim=1).indices, True)
+    chosen.scatter_(1, confidence.topk(number, dim=1).indices, True)
     if settings.threshold:
         chosen |= confidence > settings.threshold
+    if settings.factor:
+        chosen |= above_factor(confidence, settings.factor)
     return torch.where(chosen & masked, token, block)
+
+
+def above_factor(confidence: Tensor, factor: float) -> Tensor:
+    """Fast-dLLM's rule (2505.22618): the n best of a row if the n-th is at least 1 - factor / (n + 1). (R, K) -> bool
+
+    If one fails, so do all behind it: confidence falls and the limit rises. The published code also writes a mask that
+    is the only one to fail, which is not in the paper, so not here. Ids that come last have a confidence below 0, which
+    no factor lets pass.
+    """
+    best, place = confidence.sort(dim=1, descending=True)
+    limit = 1 - factor / torch.arange(2, best.shape[1] + 2, device=best.device)  # (K,)
+    return torch.zeros_like(best, dtype=torch.bool).scatter(1, place, best >= limit.clamp(min=0))
 
 
 def probability(logits: Tensor, token: Tensor) -> Tensor:

@@ -21,18 +21,21 @@ def token_ids(text: str):
 
 @dataclass
 class Settings:
-    """How to decode (decode.py). threshold, stop_at_end and cache trade accuracy for speed; by default it is exact."""
+    """How to decode (decode.py). What is off by default trades accuracy for speed or changes what is written."""
 
-    gen_length: int = setting(256, "tokens of the answer, a multiple of --block_length")
+    gen_length: int = setting(256, "tokens of the answer; its last block may be shorter")
     block_length: int = setting(32, "tokens of a block; best the BLOCK_SIZE of the training")
-    steps: int = setting(256, "forward passes for the whole answer, shared evenly by the blocks")
+    steps: int = setting(256, "forward passes for the whole answer, shared by the blocks in proportion to their tokens")
     temperature: float = setting(0.0, "0 writes the most likely token, more draws from the probabilities")
     remasking: str = setting("low_confidence", "which tokens wait: low_confidence, random ones, or nearness")
     cfg_scale: float = setting(0.0, "classifier-free guidance: a second pass with the prompt masked")
     suppress_end: bool = setting(False, "write tokens that end an answer last in their block")
     threshold: float = setting(0.0, "write every token whose probability is above this; 0 = as many as --steps says")
+    factor: float = setting(0.0, "write the n best tokens whose n-th probability is at least 1 - factor/(n+1); 0 = off")
     stop_at_end: bool = setting(False, "write no further blocks after one with a token that ends the answer")
     cache: str = setting("none", "keep keys and values within a block: none, prefix, or dual (prefix and suffix)")
+    suffix: int = setting(-1, "how many masks behind the current block the model sees; -1 = all")
+    suffix_last: bool = setting(False, "with --suffix, the model also sees the last mask of the answer")
     suppress_tokens: list = token_ids("ids of tokens that are never written")
     begin_suppress_tokens: list = token_ids("ids of tokens that are written last in their block")
     sampler: str = setting("blocks", "blocks from left to right, or conv: all of the answer, near what is written")
@@ -49,13 +52,19 @@ class Settings:
                 raise InputError(f"{one.name} {value!r} is not of type {one.type.__name__}.")
         if self.sampler == "conv":
             self.block_length = self.gen_length  # all of the answer is one block
-        blocks, rest = divmod(self.gen_length, self.block_length) if self.block_length > 0 else (0, 1)
-        if rest or blocks < 1:
-            raise InputError(f"gen_length {self.gen_length} is not a multiple of block_length {self.block_length}.")
-        if self.steps < 1 or self.steps % blocks:
-            raise InputError(f"steps {self.steps} is not a multiple of the {blocks} blocks of the answer.")
-        if not (0 <= self.temperature < math.inf and 0 <= self.cfg_scale < math.inf and 0 <= self.threshold < 1):
-            raise InputError("temperature and cfg_scale must be at least 0, threshold at least 0 and below 1.")
+        if self.gen_length < 1 or self.block_length < 1:
+            raise InputError(f"gen_length {self.gen_length} and block_length {self.block_length} must be at least 1.")
+        blocks = -(-self.gen_length // self.block_length)
+        if self.steps < blocks:
+            raise InputError(f"steps {self.steps} must be at least {blocks}, one for each block of the answer.")
+        if any(not 0 <= value < math.inf for value in (self.temperature, self.cfg_scale, self.factor)):
+            raise InputError("temperature and cfg_scale must be numbers of at least 0, and so must factor.")
+        if not 0 <= self.threshold < 1:
+            raise InputError(f"threshold {self.threshold} must be at least 0 and below 1.")
+        if self.threshold and self.factor:
+            raise InputError("threshold and factor both say how many tokens a pass writes; give one of them.")
+        if self.suffix < -1 or self.suffix_last and self.suffix < 0:
+            raise InputError(f"suffix {self.suffix} must be at least 0, or -1 for all; suffix_last needs a suffix.")
         if self.remasking not in ("low_confidence", "random", "nearness"):
             raise InputError(f"remasking {self.remasking!r} is none of 'low_confidence', 'random', 'nearness'.")
         if self.cache not in ("none", "prefix", "dual"):
@@ -77,7 +86,8 @@ class Settings:
                 raise InputError("top_k is of sampler 'conv', and window of that and of remasking 'nearness'.")
             return
         plain = Settings()
-        for name in ("temperature", "remasking", "suppress_end", "threshold", "cache", "begin_suppress_tokens"):
+        refused = "temperature", "remasking", "suppress_end", "threshold", "factor", "cache", "suffix"
+        for name in (*refused, "begin_suppress_tokens"):
             if (value := getattr(self, name)) != getattr(plain, name):
                 raise InputError(f"sampler 'conv' takes no {name} {value!r}; leave it at {getattr(plain, name)!r}.")
         if self.steps * (self.window // 2) < 2 * self.gen_length:

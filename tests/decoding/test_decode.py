@@ -1,6 +1,8 @@
 """Decoding against a slow literal version of the algorithm: one prompt at a time, full logits, no padding."""
 
 import copy
+import itertools
+from fractions import Fraction
 
 import pytest
 import torch
@@ -28,24 +30,33 @@ def prompts():
 
 
 @torch.no_grad()
-def literal(model, prompt, gen_length, block_length, steps, cfg_scale=0.0, threshold=0.0, never=(), last=()):
+def literal(
+    model, prompt, gen_length, block_length, steps, cfg_scale=0.0, threshold=0.0, factor=0.0, never=(), last=(),
+    suffix=None, suffix_last=False,
+):  # fmt: skip
     """The algorithm as it is written down, for one prompt. Returns ids and the number of forward passes.
 
     never: tokens that are not written; last: tokens that are written when all others of the block are.
+    suffix: how many ids behind the block the model is given, with suffix_last also the last id, at its own position.
     """
-    canvas = prompt + [MASK] * gen_length
-    per_block, taken = steps // (gen_length // block_length), 0
+    canvas, taken, passes = prompt + [MASK] * gen_length, 0, 0
     for start in range(len(prompt), len(canvas), block_length):
-        block = range(start, start + block_length)
+        block = range(start, min(start + block_length, len(canvas)))
+        per_block = int(steps * Fraction(block.stop - len(prompt), gen_length)) - passes
+        passes += per_block
         masks = sum(canvas[i] == MASK for i in block)
         numbers = [masks // per_block + (1 if step < masks % per_block else 0) for step in range(per_block)]
-        for number in [1] * block_length if threshold else numbers:
+        for number in [1] * len(block) if threshold or factor else numbers:
             open_positions = [i for i in block if canvas[i] == MASK]
             if not open_positions:
                 break
-            logits = model(torch.tensor([canvas])).logits[0]
+            places = [i for i in range(len(canvas)) if suffix is None or i < block.stop + suffix]
+            places += [len(canvas) - 1] if suffix_last and len(places) < len(canvas) else []
+            position_ids, ids = torch.tensor([places]), [canvas[i] for i in places]
+            logits = model(torch.tensor([ids]), position_ids=position_ids).logits[0]
             if cfg_scale:
-                blind = model(torch.tensor([[MASK] * len(prompt) + canvas[len(prompt) :]])).logits[0]
+                blind = [MASK] * len(prompt) + ids[len(prompt) :]
+                blind = model(torch.tensor([blind]), position_ids=position_ids).logits[0]
                 logits = blind + (cfg_scale + 1) * (logits - blind)
             candidates = []
             for i in open_positions:
@@ -60,13 +71,23 @@ def literal(model, prompt, gen_length, block_length, steps, cfg_scale=0.0, thres
                 candidates.append((confidence, i, token))
             candidates.sort(key=lambda candidate: -candidate[0])
             above = sum(confidence > threshold for confidence, _, _ in candidates) if threshold else 0
+            above = best_by_factor([confidence for confidence, _, _ in candidates], factor) if factor else above
             for _, i, token in candidates[: max(number, above)]:
                 canvas[i] = token
             taken += 2 if cfg_scale else 1
     return canvas[len(prompt) :], taken
 
 
+def best_by_factor(confidences, factor):
+    """How many of these, sorted, Fast-dLLM's code writes, without its exception for the last one; none below 0."""
+    for rank, confidence in enumerate(confidences, start=1):
+        if rank > 1 and confidence < max(0, 1 - factor / (rank + 1)):
+            return rank - 1
+    return len(confidences)
+
+
 SHAPES = [(16, 16, 16), (16, 4, 16), (16, 8, 4), (24, 8, 9), (16, 1, 16), (16, 4, 4)]
+SHAPES += [(10, 4, 10), (10, 4, 5), (13, 8, 7), (3, 8, 2), (16, 4, 7)]  # shorter last blocks, steps that do not divide
 
 
 @pytest.mark.parametrize("gen_length, block_length, steps", SHAPES)
@@ -85,7 +106,9 @@ def test_a_ragged_batch_gives_the_tokens_of_the_literal_version(model, prompts, 
     [
         ({"cfg_scale": 1.5}, {"cfg_scale": 1.5}),
         ({"threshold": 0.02}, {"threshold": 0.02}),
+        ({"factor": 3.95}, {"factor": 3.95}),
         ({"suppress_end": True}, {"last": END}),
+        ({"suppress_end": True, "factor": 9.0}, {"last": END, "factor": 9.0}),
         ({"begin_suppress_tokens": [293, 5]}, {"last": (293, 5)}),
         ({"suppress_end": True, "begin_suppress_tokens": [5, 8], "threshold": 0.02},
          {"last": (*END, 5, 8), "threshold": 0.02}),
@@ -97,7 +120,109 @@ def test_options_against_the_literal_version(model, prompts, options, meaning):
     wanted = [literal(model, prompt, 16, 8, 16, **meaning) for prompt in prompts]
     assert ids.tolist() == [answer for answer, _ in wanted] and rows == sum(taken for _, taken in wanted)
     plain, plain_rows = decode.decode(model, prompts, Settings(16, 8, 16), END)
-    assert plain.tolist() != ids.tolist() and ("threshold" not in options or rows < plain_rows)
+    assert plain.tolist() != ids.tolist() and (not {"threshold", "factor"} & options.keys() or rows < plain_rows)
+
+
+def test_the_passes_of_a_block_are_those_of_llada_and_last_blocks_may_be_shorter():
+    """Exact values; for all small sizes, the steps are used up and every token is written; what divides is even."""
+
+    def all_passes(gen_length, block_length, steps):
+        settings = Settings(gen_length, block_length, steps)
+        starts = range(0, gen_length, block_length)
+        return [decode.tokens_per_pass(settings, i, min(i + block_length, gen_length)) for i in starts]
+
+    assert all_passes(10, 4, 10) == [[1] * 4, [1] * 4, [1] * 2]
+    assert all_passes(10, 4, 5) == [[2, 2], [2, 2], [2]]
+    assert all_passes(10, 4, 4) == [[4], [2, 2], [2]]
+    assert all_passes(10, 4, 3) == [[4], [4], [2]]
+    assert all_passes(24, 8, 9) == [[3, 3, 2]] * 3
+    assert all_passes(16, 4, 7) == [[4], [2, 2], [2, 2], [2, 2]]
+    for gen_length, block_length in itertools.product(range(1, 14), range(1, 15)):
+        blocks = -(-gen_length // block_length)
+        for steps in range(blocks, gen_length + 1):
+            found = all_passes(gen_length, block_length, steps)
+            assert sum(map(len, found)) == steps and min(min(numbers) for numbers in found) >= 1
+            sizes = [block_length] * (gen_length // block_length) + [gen_length % block_length or block_length]
+            assert [sum(numbers) for numbers in found] == sizes[:blocks]
+            assert steps != gen_length or all(number == 1 for numbers in found for number in numbers)
+            if gen_length % block_length == steps % blocks == 0:
+                each = steps // blocks
+                assert found == [[block_length // each + (i < block_length % each) for i in range(each)]] * blocks
+
+
+def test_the_factor_writes_the_best_that_fast_dllm_would():
+    """2505.22618: the largest n with (n + 1) (1 - c_n) <= factor, which is also the number of ranks that pass."""
+    confidence = torch.tensor([[0.9, 0.4, 0.7, 0.66], [0.9, -torch.inf, 0.3, 0.2], [1.0, 1.0, -1.5, 1.0]])
+    wanted = [[True, False, True, False], [True, False, False, False], [True, True, False, True]]
+    assert decode.above_factor(confidence, 1.0).tolist() == wanted
+    generator = torch.Generator().manual_seed(0)
+    sizes = set()
+    for factor in (0.1, 0.5, 1.0, 1.9):
+        some = 1 - torch.rand(200, 8, generator=generator) * torch.rand(200, 1, generator=generator)  # (200, 8)
+        found = decode.above_factor(some, factor)
+        for row, chosen in zip(some.tolist(), found.tolist()):
+            best = sorted(row, reverse=True)
+            passed = [n for n, c in enumerate(best, start=1) if (n + 1) * (1 - c) <= factor]
+            assert max(passed, default=0) == len(passed) == sum(chosen)
+            assert sorted(c for c, one in zip(row, chosen) if one) == sorted(best[: len(passed)])
+            assert max(1, len(passed)) == best_by_factor(best, factor)
+            sizes.add(len(passed))
+    assert sizes == set(range(9))
+
+
+WINDOWS = [
+    {"suffix": 0}, {"suffix": 3}, {"suffix": 0, "suffix_last": True}, {"suffix": 5, "suffix_last": True},
+    {"suffix": 2, "cfg_scale": 1.5, "suffix_last": True}, {"suffix": 2, "threshold": 0.02},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", WINDOWS, ids=str)
+def test_a_suffix_window_gives_the_tokens_of_passes_over_the_ids_before_its_end(model, prompts, options):
+    """With a last block that is shorter; alone as in the batch; and it is not what all masks give."""
+    prompts, settings = prompts[::4], Settings(18, 4, 18, **options)
+    ids, rows = decode.decode(model, prompts, settings)
+    wanted = [literal(model, prompt, 18, 4, 18, **options) for prompt in prompts]
+    assert ids.tolist() == [answer for answer, _ in wanted] and rows == sum(taken for _, taken in wanted)
+    assert decode.decode(model, prompts[1:2], settings)[0].tolist() == [wanted[1][0]]
+    whole = {key: value for key, value in options.items() if "suffix" not in key}
+    assert ids.tolist() != decode.decode(model, prompts, Settings(18, 4, 18, **whole))[0].tolist()
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("last", [False, True])
+def test_no_more_columns_go_through_the_model_than_the_suffix_window_has(model, cache, last):
+    """2 prompts of 5 and 3 tokens, an answer of 10 in blocks of 4, 2 passes each: widths and positions of each pass."""
+    seen = []
+
+    def note(module, args, given):
+        seen.append((given["input_ids"].shape[1], given["position_ids"][:, -1].tolist()))
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    settings = Settings(10, 4, 5, cache=cache, suffix=2, suffix_last=last)
+    decode.decode(model, [[10, 11, 12, 13, 14], [20, 21, 22]], settings)
+    handle.remove()
+    wanted = []
+    for start, stop, passes in ((5, 9, 2), (9, 13, 2), (13, 15, 1)):
+        columns = [i for i in range(15) if i < stop + 2 or (last and i == 14)]
+        for number in range(passes):
+            if number and cache == "dual":
+                columns = [i for i in columns if start <= i < stop]
+            elif number and cache == "prefix":
+                columns = [i for i in columns if i >= start]
+            wanted.append((len(columns), [columns[-1], columns[-1] - 2]))
+    assert seen == wanted
+
+
+@pytest.mark.parametrize("options", [{}, {"cache": "dual"}, {"cache": "prefix", "cfg_scale": 1.0}], ids=str)
+def test_a_suffix_window_over_the_rest_of_the_answer_changes_no_bit(model, prompts, options):
+    def logits(**more):
+        found = []
+        decode.decode(model, prompts, Settings(16, 8, 4, **options, **more), watch=lambda _, x, *__: found.append(x))
+        return torch.stack(found)
+
+    whole = logits()
+    assert torch.equal(logits(suffix=8), whole) and torch.equal(logits(suffix=16, suffix_last=True), whole)
+    assert not torch.equal(logits(suffix=7), whole)
 
 
 def test_suppressed_tokens_are_never_written(model, prompts):
@@ -127,19 +252,20 @@ def test_a_causal_model_would_decode_otherwise(model, prompts):
 
 
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
-@pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
-def test_a_cache_is_exact_in_the_first_step_of_each_block(model, prompts, cache, cfg_scale):
+@pytest.mark.parametrize("more", [{}, {"cfg_scale": 1.0}, {"suffix": 2, "suffix_last": True}], ids=str)
+@pytest.mark.parametrize("gen_length", [16, 14])
+def test_a_cache_is_exact_in_the_first_step_of_each_block(model, prompts, cache, more, gen_length):
     """One step a block leaves nothing to the cache; with more steps it changes few tokens and no shape."""
-    exact = Settings(16, 4, 4, cfg_scale=cfg_scale)
-    cached = Settings(16, 4, 4, cfg_scale=cfg_scale, cache=cache)
+    exact, cached = Settings(gen_length, 4, 4, **more), Settings(gen_length, 4, 4, cache=cache, **more)
     assert decode.decode(model, prompts, cached)[0].tolist() == decode.decode(model, prompts, exact)[0].tolist()
 
 
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("window", [{}, {"suffix": 3, "suffix_last": True}], ids=str)
 @torch.no_grad()
-def test_cached_logits_are_those_of_stale_keys_and_values(model, prompts, cache):
+def test_cached_logits_are_those_of_stale_keys_and_values(model, prompts, cache, window):
     """Nothing has changed since the first pass, so nothing is stale: the second pass must give the same logits."""
-    settings = Settings(16, 4, 16, cache=cache)
+    settings = Settings(16, 4, 16, cache=cache, **window)
     canvas = decode.make_canvas(model.config, prompts, 16, "cpu")
     forward = decode.Forward(model, canvas, torch.arange(16), slice(20, 24), settings)
     first = forward.first()
@@ -212,11 +338,17 @@ def test_the_head_is_computed_for_the_block_only(model, prompts):
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"gen_length": 30}, "gen_length 30 is not a multiple of block_length 32"),
-        ({"block_length": 0}, "not a multiple of block_length 0"),
+        ({"block_length": 0}, "gen_length 256 and block_length 0 must be at least 1"),
         ({"gen_length": 0}, "gen_length 0"),
-        ({"steps": 100}, "steps 100 is not a multiple of the 8 blocks"),
+        ({"steps": 7}, "steps 7 must be at least 8, one for each block"),
+        ({"gen_length": 257, "steps": 8}, "steps 8 must be at least 9, one for each block"),
         ({"steps": 0}, "steps 0"),
+        ({"factor": -0.5}, "and so must factor"),
+        ({"factor": float("inf")}, "and so must factor"),
+        ({"factor": 1.0, "threshold": 0.9}, "threshold and factor both say"),
+        ({"suffix": -2}, "suffix -2 must be at least 0, or -1 for all"),
+        ({"suffix_last": True}, "suffix_last needs a suffix"),
+        ({"suffix": 4.0}, "suffix 4.0 is not of type int"),
         ({"temperature": -1.0}, "temperature"),
         ({"threshold": 1.0}, "threshold"),
         ({"remasking": "high"}, "remasking 'high'"),

@@ -44,13 +44,14 @@ def test_each_step_has_the_tokens_and_probabilities_of_a_pass_over_the_canvas_be
 
 OPTIONS = {
     "temperature": 1.0, "remasking": "random", "cfg_scale": 1.0, "threshold": 0.02, "suppress_end": True,
-    "cache": "dual",
+    "cache": "dual", "factor": 3.95, "suffix": 0, "block_length": 6,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_film_changes_no_token_and_no_draw(model, name):
-    settings, seed = Settings(16, 8, 16, **{name: OPTIONS[name]}), torch.Generator().manual_seed
+    sizes = {"gen_length": 16, "block_length": 8, "steps": 16}
+    settings, seed = Settings(**sizes | {name: OPTIONS[name]}), torch.Generator().manual_seed
     wanted, passes = decode.decode(model, [PROMPT], settings, (120, 293), seed(3))
     answer = film.record(model, PROMPT, settings, (120, 293), seed(3))
     assert [token.id for token in answer.tokens] == wanted[0].tolist()

@@ -57,9 +57,9 @@ def test_a_text_without_gaps_stays(model):
 
 
 def test_what_cannot_be_filled_in_is_refused(model):
-    for settings in (Settings(16, 8, 16, cfg_scale=1.0), Settings(16, 8, 16, cache="dual")):
+    for options in ({"cfg_scale": 1.0}, {"cache": "dual"}, {"suffix": 4}):
         with pytest.raises(InputError, match="neither guidance nor a cache"):
-            decode.infill(model, TEXTS, settings)
+            decode.infill(model, TEXTS, Settings(16, 8, 16, **options))
     with pytest.raises(InputError, match="has 1025 tokens; the model has 1024 positions"):
         decode.infill(model, [[MASK] * 1025], SETTINGS)
     model.config.block_diffusion_size = 8
