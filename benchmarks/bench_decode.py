@@ -9,6 +9,7 @@ goes, and from it decoding.md and decoding.png (benchmarks/report_decode.py) int
 
 import argparse
 import csv
+import logging
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,6 +219,7 @@ def configurations(name: str, args: argparse.Namespace) -> list[list[tuple]]:
 
 def main():
     args = parse_args()
+    logging.getLogger("blockwise.decoding.conv").setLevel(logging.ERROR)  # else each batch tells of masks left
     problems, device = load_problems(args), Ranks.from_environment().device
     tables = {name: configurations(name, args) for name in args.models}  # before the first model is loaded
     output, done = Path(args.output), []

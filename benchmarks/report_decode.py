@@ -136,7 +136,7 @@ def draw(rows: list[dict], path: Path) -> None:
     names = list(dict.fromkeys(row["checkpoint"] for row in rows))
     lengths = sorted({row["gen_length"] for row in rows})
     panels = [(lengths[0], "forwards_per_token"), *((length, "tokens_per_second") for length in lengths)]
-    size = (5.2 * len(panels), 4.2 * len(names) + 0.9)
+    size = (5.2 * len(panels), 4.2 * len(names) + 1.2)
     figure, axes = plt.subplots(len(names), len(panels), figsize=size, layout="constrained", squeeze=False)
     styles = style(dict.fromkeys(row["decoder"] for row in rows))
     for name, line in zip(names, axes):
@@ -145,18 +145,17 @@ def draw(rows: list[dict], path: Path) -> None:
             draw_panel(panel, some, cost, styles)
             panel.set_title(f"{name}, gen_length {length}", fontsize=10)
         line[0].set_ylabel("Pass@1 (%)")
-    handles = [plt.Line2D([], [], label=decoder, **how) for decoder, how in styles.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
+    handles = [plt.Line2D([], [], label=in_legend(rows, decoder), **how) for decoder, how in styles.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
 def style(decoders: Iterable[str]) -> dict[str, dict]:
-    """A color for each decoder, the same for what stands before a colon; then the markers differ."""
+    """A color for each decoder, the same for all variants of one, `name: variant`; their markers differ."""
     families, styles = {}, {}
     for decoder in decoders:
-        members = families.setdefault(decoder.partition(":")[0], [])
-        members.append(decoder)
+        families.setdefault(decoder.partition(":")[0], []).append(decoder)
     for color, members in zip(COLORS, families.values(), strict=False):
         for marker, decoder in zip(MARKERS, members, strict=False):
             styles[decoder] = {"color": color, "marker": marker, "linewidth": 1.3, "markersize": 4.5}
@@ -164,22 +163,42 @@ def style(decoders: Iterable[str]) -> dict[str, dict]:
 
 
 def draw_panel(panel, rows: list[dict], cost: str, styles: dict[str, dict]) -> None:
-    """Pass@1 against a cost: a curve for each decoder, and the settings of which none is better in both by name."""
+    """Pass@1 against a cost: a curve for each decoder; circles around settings of which none is better in both."""
     for (decoder,), points in by(rows, "decoder"):
         shares = [100 * row["pass_at_1"] for row in points]
         panel.plot([row[cost] for row in points], shares, alpha=0.85, **styles[decoder])
     exact = next(row for row in rows if row["decoder"] == "exact")
     panel.axhspan(100 * exact["low"], 100 * exact["high"], color="C0", alpha=0.1, linewidth=0)
-    for row in front(rows, cost, 1 if cost == "forwards_per_token" else -1):
-        where, text = (row[cost], 100 * row["pass_at_1"]), row["flags"].replace("--", "")
+    for number, row in enumerate(front(rows, cost, 1 if cost == "forwards_per_token" else -1)):
+        where, (_, text) = (row[cost], 100 * row["pass_at_1"]), what_varies(rows, row["decoder"], row)
         panel.plot(*where, "o", markersize=10, markerfacecolor="none", markeredgecolor="0.3", zorder=5)
-        panel.annotate(text, where, xytext=(7, 6), textcoords="offset points", fontsize=7, rotation=20)
+        above = (0, 8 if number % 2 else -15)  # neighbours take turns, so that their texts do not meet
+        panel.annotate(text, where, xytext=above, textcoords="offset points", ha="center", fontsize=8)
     panel.set_xscale("log", base=2)
-    low, high = (limit(row[cost] for row in rows) for limit in (min, max))
-    panel.set_xlim(low * 0.9, high * (high / low) ** 0.4)  # room for the names
+    panel.margins(0.08)
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
     panel.set_xlabel("forward passes per token" if cost == "forwards_per_token" else "tokens per second")
     panel.grid(alpha=0.3)
+
+
+def what_varies(rows: list[dict], decoder: str, row: dict) -> tuple[str, str]:
+    """The flags, without dashes, that differ among a decoder's settings, and their values in one of them."""
+    points = [flags(other) for other in rows if other["decoder"] == decoder]
+    mine = flags(row)
+    varying = [key for key in mine if len({point.get(key) for point in points}) > 1]
+    return ", ".join(varying), ", ".join(mine[key] for key in varying)
+
+
+def flags(row: dict) -> dict[str, str]:
+    """`--steps 4 --stop_at_end` -> {"steps": "4", "stop_at_end": ""}"""
+    return {key: value for key, _, value in (part.partition(" ") for part in row["flags"].split("--")[1:])}
+
+
+def in_legend(rows: list[dict], decoder: str) -> str:
+    """The name of a decoder, and which flag its points differ in."""
+    row = next(row for row in rows if row["decoder"] == decoder)
+    varying, _ = what_varies(rows, decoder, row)
+    return f"{decoder} ({varying})" if varying else decoder
 
 
 def main():

@@ -111,8 +111,8 @@ def stream(
             tokens, weight = weights(logits, near, masked, 1 - step * dt, 1 - (step + 1) * dt, settings.top_k)
             token = draw(tokens, weight, [own[row] for row in todo.tolist()], mask_id)
         else:
-            said = "%d tokens were still masked after %d steps; one more pass wrote the likeliest there"
-            logging.getLogger(__name__).warning(said, masked.sum().item(), settings.steps)
+            said = "tokens still masked after %d steps: %d; one more pass wrote the likeliest there"
+            logging.getLogger(__name__).warning(said, settings.steps, masked.sum().item())
             token = logits.argmax(dim=-1)
         new = torch.where(masked, token, old)
         ids[todo, answer] = new

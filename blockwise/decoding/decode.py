@@ -81,8 +81,8 @@ def decode(
 
     model: LLaDAForCausalLM in evaluation mode; prompts: list of lists of ids; end_ids: tokens that end an answer.
     watch: see Watch.
-    At temperature 0, with low_confidence or nearness remasking and without a cache, a batch gives what its prompts give
-    one by one, up to rounding; so does the sampler `conv`, with the same generator for one after the other.
+    At temperature 0, with low_confidence or nearness remasking, a batch gives what its prompts give one by one, up to
+    rounding; so does the sampler `conv`, with the same generator for one after the other.
     """
     rows = 0
     for answers, rows in stream(model, prompts, settings, end_ids, generator, watch):  # noqa: B007
@@ -130,7 +130,7 @@ def stream_blocks(
                 forward = Forward(model, canvas, todo, block, settings)
                 logits = forward.first()
             else:
-                todo, logits = forward.rows, forward.again(ids)
+                logits = forward.again(todo, ids)
             rows += len(todo) * (2 if settings.cfg_scale else 1)
             old, near = ids[todo, block], nearness(canvas, todo, block, mask_id, settings)
             ids[todo, block] = commit(logits, old, mask_id, number, settings, last, generator, near)
@@ -341,11 +341,16 @@ class FinishedBlocks:
 
     def append(self, rows, block):
         """Adds a finished block, and drops the rows of the canvas that are not among `rows`."""
-        kept = torch.isin(self.rows, rows)
-        every = kept.repeat(2) if self.settings.cfg_scale else kept
-        self.rows, self.seen, self.positions = self.rows[kept], self.seen[every], self.positions[every]
-        self.cache.batch_select_indices(every.nonzero()[:, 0])
+        keep_rows(self, rows)
         self.run(block, head=1)
+
+
+def keep_rows(forward: "FinishedBlocks | Forward", rows: Tensor) -> None:
+    """Drops the rows of the canvas that are not among `rows` from what a forward pass remembers."""
+    kept = torch.isin(forward.rows, rows)
+    every = kept.repeat(2) if forward.settings.cfg_scale else kept
+    forward.rows, forward.seen, forward.positions = forward.rows[kept], forward.seen[every], forward.positions[every]
+    forward.cache.batch_select_indices(every.nonzero()[:, 0])
 
 
 def guided(logits: Tensor, scale: float) -> Tensor:
@@ -393,8 +398,13 @@ class Forward:
             self.cache = cache
         return logits
 
-    def again(self, ids):
-        """Logits (R, K, V) of the block from a pass over the columns whose keys and values are not kept. ids: (B, L)"""
+    def again(self, rows, ids):
+        """Logits (R, K, V) of the block from a pass over the columns whose keys and values are not kept. ids: (B, L)
+
+        rows: those of the canvas where something is left to be written; the others are dropped.
+        """
+        if len(rows) < len(self.rows):
+            keep_rows(self, rows)
         ids = ids[self.rows][:, self.columns[self.new]].repeat(2 if self.settings.cfg_scale else 1, 1)
         wanted = torch.arange(self.block.stop - self.block.start, device=ids.device)
         logits = self.run(ids, self.new, wanted, self.cache, self.kept)

@@ -270,9 +270,9 @@ def test_cached_logits_are_those_of_stale_keys_and_values(model, prompts, cache,
     forward = decode.Forward(model, canvas, torch.arange(16), slice(20, 24), settings)
     first = forward.first()
     for _ in range(2):
-        torch.testing.assert_close(forward.again(canvas.ids), first, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(forward.again(forward.rows, canvas.ids), first, rtol=1e-4, atol=1e-4)
     canvas.ids[:, 20] = 50  # and the new token is seen
-    assert (forward.again(canvas.ids) - first).abs().max() > 0.01
+    assert (forward.again(forward.rows, canvas.ids) - first).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
@@ -281,6 +281,17 @@ def test_cached_decoding_writes_everything_and_agrees_mostly(model, prompts, cac
     exact, exact_rows = decode.decode(model, prompts, Settings(16, 8, 16))
     assert (ids != MASK).all() and rows == exact_rows
     assert (ids == exact).float().mean() > 0.3  # random weights are the worst case; the README has real ones
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("more", [{}, {"cfg_scale": 1.0}, {"suffix": 2}], ids=str)
+def test_rows_that_are_finished_leave_a_cached_batch(model, prompts, cache, more):
+    """With a threshold, blocks take different numbers of passes: each row has its own, as if it were alone."""
+    settings = Settings(16, 8, 16, cache=cache, threshold=0.02, **more)
+    ids, rows = decode.decode(model, prompts, settings)
+    alone = [decode.decode(model, [prompt], settings) for prompt in prompts]
+    assert ids.tolist() == [answer[0].tolist() for answer, _ in alone]
+    assert rows == sum(passes for _, passes in alone) and len({passes for _, passes in alone}) > 1
 
 
 def test_stop_at_end_skips_the_blocks_behind_it(model, prompts):
