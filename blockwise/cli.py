@@ -1,5 +1,6 @@
 """What every script shares: bad input ends it with one sentence, jsonl files, progress. Imports nothing heavy."""
 
+import gc
 import json
 import os
 import sys
@@ -36,6 +37,8 @@ def run_script(main: Callable[[], None]) -> None:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(10)
         sys.exit(f"error: {error}")
+    finally:
+        gc.freeze()  # at its end, Python would look for garbage among all objects once more, for more than a second
 
 
 def read_jsonl(path: str | Path) -> list[tuple[int, dict]]:

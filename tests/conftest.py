@@ -204,7 +204,6 @@ def launcher_command(ranks, script, *args):
     command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", ranks, *what]
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     env |= {"PYTHONPATH": str(ROOT)} if module else {}
-    env |= {"TORCHDYNAMO_DISABLE": "1"}  # else DeepSpeed imports all of torch's compiler, which takes 3 seconds
     return [str(part) for part in (*command, *args)], env
 
 

@@ -172,3 +172,18 @@ def test_importing_blockwise_imports_nothing_heavy(tmp_path):
     heavy = {"torch", "transformers", "peft", "deepspeed", "numpy"}
     code = f"import sys, blockwise, blockwise.cli, blockwise.knobs\nprint({heavy!r} & sys.modules.keys())"
     assert python(code, cwd=tmp_path) == "set()\n"
+
+
+def test_an_engine_needs_nothing_of_torchs_compiler(tmp_path):
+    """All of it would take each rank more than a second; the environment is as before."""
+    code = """
+import os, sys
+from blockwise import engine
+import deepspeed.runtime.zero.utils  # what deepspeed.initialize imports
+before = dict(os.environ)
+engine.import_muon()
+from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+print([name for name in ("torch._inductor.compile_fx", "torch._inductor.lowering") if name in sys.modules])
+print(dict(os.environ) == before)
+"""
+    assert python(code, cwd=tmp_path) == "[]\nTrue\n"

@@ -7,7 +7,6 @@ below its CKPT_DIR, and its optimizer steps.
 """
 
 import errno
-import importlib
 import json
 import os
 import re
@@ -20,11 +19,10 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import deepspeed
 
-from blockwise import cli, trainer
+from blockwise import cli, engine, trainer
 from blockwise.run import files
 
 ROOT = Path(__file__).parent.parent.parent
@@ -35,8 +33,7 @@ CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 
 def prepare():
     """Does once what every run does in its first second."""
-    with patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):  # else this alone imports all of torch's compiler
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    engine.import_muon()
     assert deepspeed.ops.__compatible_ops__  # runs a C compiler
 
 
