@@ -14,6 +14,7 @@ import hashlib
 import json
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -176,10 +177,12 @@ def encode(name: str, problems: list[dict], settings: Settings, prompt_format: P
 def evaluate(name: str, prompts: list, problems: list, folder: Path, args, settings: Settings, ranks) -> list[dict]:
     """Answers the problems that have no answer in the folder, shared out to the ranks. Returns all, by problem.
 
-    The batches are the same whatever was answered before and on however many ranks: so are the answers.
+    Where an answer can depend on its batch, the batches are the same whatever was answered before and on however many
+    ranks: so are the answers. Elsewhere a problem is a batch of its own here, and the next one takes its row.
     """
     order = sorted(range(len(problems)), key=lambda i: -len(prompts[i]))  # similar lengths together, longest first
-    batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
+    size = 1 if refills(name, settings) else args.batch_size
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
     todo = ranks.on_first_rank(lambda: collect(folder, batches))
     if todo:
         answer(name, problems, prompts, batches, todo[ranks.rank :: ranks.world_size], folder, args, settings, ranks)
@@ -188,12 +191,19 @@ def evaluate(name: str, prompts: list, problems: list, folder: Path, args, setti
     return [answers[i] for i in range(len(problems))]
 
 
+def refills(name: str, settings: Settings) -> bool:
+    """Whether the next problem can take the row of one that is answered; see refill.fits."""
+    from blockwise.decoding import refill
+    from blockwise.models import base as models
+    from blockwise.models import hub
+
+    return refill.fits(models.load_config(hub.local_folder(name)), settings)
+
+
 def answer(
     name: str, problems: list, prompts: list, batches: list, todo: list[int], folder: Path, args, settings, ranks
 ) -> None:
-    """Answers the batches `todo` and appends a line for each problem to this rank's file, batch by batch."""
-    import torch
-
+    """Answers the batches `todo` and appends a line for each problem to this rank's file, as they are answered."""
     from blockwise import scoring
     from blockwise.decoding import decode
 
@@ -201,22 +211,37 @@ def answer(
     ends, right = decode.end_ids(model, tokenizer), getattr(scoring, TASKS[args.task].rule)
     mine = sum(len(batches[k]) for k in todo)
     bar = progress(total=mine, desc=label(name, args.adapter), unit="problem", disable=ranks.rank != 0)
-    for k in todo:
-        batch = batches[k]
-        generator = torch.Generator(ranks.device).manual_seed(random.Random(f"{args.seed} {k}").getrandbits(63))
-        began = time.perf_counter()
-        ids, rows = decode.decode(model, [prompts[i] for i in batch], settings, ends, generator)
-        ids = ids.tolist()
-        cost = {"forwards": rows / len(batch), "seconds": (time.perf_counter() - began) / len(batch)}
-        lines = []
-        for i, answer in zip(batch, ids):
+    began = time.perf_counter()
+    for found in answered(model, prompts, batches, todo, settings, ends, args):
+        seconds, lines = (time.perf_counter() - began) / len(found), []
+        for i, answer, forwards in found:
             text, tokens = decode.completion(tokenizer, answer, ends), decode.length(answer, ends)
             result = {"completion": text, "correct": right(text, problems[i]["gold"]), "tokens": tokens}
             result["rep4"] = scoring.repetition(answer[:tokens])
-            lines.append({"problem": i} | problems[i] | result | cost)
+            lines.append({"problem": i} | problems[i] | result | {"forwards": forwards, "seconds": seconds})
         append(folder / f"answers.rank{ranks.rank}.jsonl", lines)
-        bar.update(len(batch))
+        bar.update(len(found))
+        began = time.perf_counter()
     bar.close()
+
+
+def answered(
+    model, prompts: list, batches: list, todo: list[int], settings: Settings, ends: list[int], args
+) -> Iterator[list[tuple[int, list[int], float]]]:
+    """Problems whose answers came together: their numbers, the ids of the answers, and forward passes."""
+    import torch
+
+    from blockwise.decoding import decode, refill
+
+    if refill.fits(model.config, settings):
+        mine = [i for k in todo for i in batches[k]]
+        for found in refill.answers(model, [prompts[i] for i in mine], settings, ends, args.batch_size):
+            yield [(mine[number], ids.tolist(), forwards) for number, ids, forwards in found]
+        return
+    for k in todo:
+        generator = torch.Generator(model.device).manual_seed(random.Random(f"{args.seed} {k}").getrandbits(63))
+        ids, rows = decode.decode(model, [prompts[i] for i in batches[k]], settings, ends, generator)
+        yield [(i, answer, rows / len(batches[k])) for i, answer in zip(batches[k], ids.tolist())]
 
 
 # ---------------------------------------------------------------- the folder of results

@@ -1,6 +1,5 @@
 """The model, with adapters or all weights trained, the DeepSpeed ZeRO-2 engine around it, and its learning rate."""
 
-import importlib
 import json
 import math
 import os
@@ -161,7 +160,7 @@ def import_muon() -> None:
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     try:
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     finally:
         if before is None:
             del os.environ["TORCHDYNAMO_DISABLE"]

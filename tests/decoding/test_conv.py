@@ -104,7 +104,7 @@ def test_a_batch_and_its_prompts_one_by_one_give_what_the_literal_version_gives(
     options, more = CASES[name]
     chosen = settings(**options)
     together, rows = decode.decode(model, prompts, chosen, generator=torch.Generator().manual_seed(5))
-    counted = [record.args[0] for record in caplog.records]
+    counted = [record.args[1] for record in caplog.records]
     one, generator = [], torch.Generator().manual_seed(5)
     for prompt in prompts:
         one += decode.decode(model, [prompt], chosen, generator=generator)[0].tolist()
