@@ -21,7 +21,17 @@ from pathlib import Path
 
 from blockwise.cli import InputError, progress, read_jsonl, run_script
 from blockwise.decoding.settings import Settings, add_flags, check_flags
-from blockwise.prompts import METAMATH, PromptFormat, add_wrap_flag, format_of, question_ids, wrap_text
+from blockwise.prompts import (
+    ANSWER,
+    METAMATH,
+    QUESTION,
+    PromptFormat,
+    add_wrap_flag,
+    format_of,
+    question_and_answer,
+    question_ids,
+    wrap_text,
+)  # fmt: skip
 from blockwise.run import files
 
 
@@ -40,7 +50,6 @@ TASKS = {
     "math500": Task("HuggingFaceH4/MATH-500", "default", "test", "same_math"),
 }
 LINE = {"problem", "question", "gold", "completion", "correct", "tokens", "forwards", "seconds"}  # of answers.jsonl
-QUESTION, GOLD = ("question", "problem", "query"), ("answer", "response")  # names of GSM8K, MATH-500, MetaMathQA
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,10 +61,12 @@ def parse_args() -> argparse.Namespace:
         "--task", choices=TASKS, default="gsm8k", help="which problems, and when an answer is right (default: gsm8k)"
     )
     parser.add_argument(
-        "--data", help=f"jsonl file with {'/'.join(QUESTION)} and {'/'.join(GOLD)} (default: the hub's)"
+        "--data", help=f"jsonl file with {'/'.join(QUESTION)} and {'/'.join(ANSWER)} (default: the hub's)"
     )
     parser.add_argument("--limit", type=int, default=0, help="only the first N problems (default: 0, which is all)")
     parser.add_argument("--output", default="results", help="folder of the results (default: results)")
+    said = "jsonl file to write: the questions and right answers, for pt.py; must not exist yet (default: none)"
+    parser.add_argument("--right_answers", metavar="FILE", help=said)
     add_flags(parser)
     add_wrap_flag(parser, "as the model was trained; metamath, if it does not say how")
     parser.add_argument("--batch_size", type=int, default=16, help="problems that are answered at a time (default: 16)")
@@ -65,6 +76,9 @@ def parse_args() -> argparse.Namespace:
         parser.error("--batch_size must be at least 1 and --limit at least 0")
     if args.adapter and args.compare:
         parser.error("--adapter belongs to --model; compare a merged checkpoint, or evaluate the two one by one")
+    new = args.right_answers and Path(args.right_answers)
+    if new and (args.compare or new.exists() or not new.absolute().parent.is_dir()):
+        parser.error("--right_answers belongs to --model, and must be a new file in a folder that exists")
     return args
 
 
@@ -104,6 +118,8 @@ def main():
         adapter = f" + {args.adapter}" if args.adapter else ""
         wraps = " and ".join(dict.fromkeys(way.wrap_name for way in asked))
         report([f"{name}{adapter}" for name in names], answers, args, settings, wraps)
+        if args.right_answers:
+            write_right_answers(answers[0], args.right_answers)
     if ranks.world_size > 1:
         dist.destroy_process_group()
 
@@ -142,12 +158,10 @@ def load_problems(args: argparse.Namespace) -> list[dict[str, str]]:
         rows = [(f"{task.dataset}, row {number}", row) for number, row in enumerate(dataset)]
     problems = []
     for where, row in rows[: args.limit or None]:
-        texts = [next((row[name] for name in names if name in row), None) for names in (QUESTION, GOLD)]
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise InputError(f"{where} needs a text as {' or '.join(QUESTION)}, and one as {' or '.join(GOLD)}.")
-        if not right(f"The answer is: {texts[1]}", texts[1]):  # not even the reference itself would be right
+        question, gold = question_and_answer(where, row)
+        if not right(f"The answer is: {gold}", gold):  # not even the reference itself would be right
             raise InputError(f"{where}: nothing can be read in its answer; is it a problem of --task {args.task}?")
-        problems.append({"question": texts[0], "gold": texts[1]})
+        problems.append({"question": question, "gold": gold})
     return problems
 
 
@@ -290,6 +304,16 @@ def append(path: Path, rows: list[dict]) -> None:
     with files.writing(f"--output {path}"):
         files.append(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         files.sync(path)
+
+
+def write_right_answers(answers: list[dict], path: str) -> None:
+    """Writes rows for pt.py: each right answer once with its question. Raises InputError."""
+    rows = dict.fromkeys((row["question"], row["completion"]) for row in answers if row["correct"])
+    with files.writing(f"--right_answers {path}"):
+        lines = (json.dumps({"question": question, "answer": answer}, ensure_ascii=False) for question, answer in rows)
+        files.replace(path, "".join(f"{line}\n" for line in lines))
+    questions, right = len({row["question"] for row in answers}), len({question for question, _ in rows})
+    print(f"{path}: {len(rows):,} right answers to {right:,} of {questions:,} questions")
 
 
 def read_answers(folder: Path) -> dict[int, dict]:

@@ -13,6 +13,7 @@ INSTRUCTION = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{query}\n\n### Response: Let's think step by step."
 )
+QUESTION, ANSWER = ("question", "problem", "query"), ("answer", "response")  # names in GSM8K, MATH-500, MetaMathQA
 FILE = "prompt_format.json"  # in a .pt file, and in the folders of checkpoints and adapters
 
 
@@ -93,6 +94,14 @@ def format_of(model: str, adapter: str | None, wrap: str | None, default: Prompt
             found = PromptFormat.from_json(file.read_bytes(), file)
             break
     return found if wrap is None else replace(found, wrap=wrap)
+
+
+def question_and_answer(where: str, row: dict) -> tuple[str, str]:
+    """The texts of a problem, which may have several names. where: for the message. Raises InputError."""
+    texts = [next((row[name] for name in names if name in row), None) for names in (QUESTION, ANSWER)]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise InputError(f"{where} needs a text as {' or '.join(QUESTION)}, and one as {' or '.join(ANSWER)}.")
+    return texts[0], texts[1]
 
 
 def render(tokenizer, chats: list, with_header: bool, options: dict | None = None) -> list[str] | str:

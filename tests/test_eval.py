@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, launch, locked, problems, run
 
-from blockwise import prompts
+from blockwise import formats, prompts
 from blockwise.decoding import decode
 from blockwise.decoding.settings import Settings
 from blockwise.models import base as models
@@ -83,6 +83,38 @@ def test_the_report_counts(whole, tmp_path, base, data, call):
     assert lines[1].index("rep-4") + 5 == lines[2].index("25.0%") + 5 and len(lines[1]) == len(lines[2])
     assert "gen_length 16, block_length 8, steps 8, temperature 0.0, remasking low_confidence" in out
     assert "+13.6 points" in out and "tuned model solves 5, only the base 2" in " ".join(lines) and "p = 0.45" in out
+
+
+def test_right_answers_become_rows_of_pt(tmp_path, base, call):
+    """Of three runs over four problems, in which the test makes some right by hand."""
+    rows = problems(4, 5) * 3
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--model", base, "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "out", *SHORT)
+    new = ("--right_answers", tmp_path / "right.jsonl")
+    code, out, _ = call(*flags, *new)
+    assert code == 0 and "0 right answers to 0 of 4 questions" in out and (tmp_path / "right.jsonl").read_text() == ""
+    code, _, err = call(*flags, *new)
+    said = "--right_answers belongs to --model, and must be a new file in a folder that exists"
+    assert code == 2 and said in err
+    elsewhere = ("--right_answers", tmp_path / "missing/right.jsonl"), ("--right_answers", tmp_path / "new.jsonl")
+    assert (
+        said in call(*flags, *elsewhere[0])[2] and said in call("--compare", base, base, *flags[2:], *elsewhere[1])[2]
+    )
+
+    texts = {0: "It is 7", 4: "It is 7", 8: "7\n#### 7 ö", 2: "It is 3"}  # two of the first problem are alike
+    answered = answers(tmp_path / f"out/{base.name}-gsm8k")
+    answered = [row | {"seconds": 1.0, "correct": row["problem"] in texts} for row in answered]
+    answered = [row | {"completion": texts.get(row["problem"], "It is 1")} for row in answered]
+    text = "".join(json.dumps(row) + "\n" for row in answered)
+    (tmp_path / f"out/{base.name}-gsm8k/answers.jsonl").write_text(text)
+    (tmp_path / "right.jsonl").unlink()
+    code, out, _ = call(*flags, *new)
+    assert code == 0 and f"{tmp_path}/right.jsonl: 3 right answers to 2 of 4 questions" in out
+    first, third = rows[0]["query"], rows[2]["query"]
+    wanted = [(first, "It is 7"), (third, "It is 3"), (first, "7\n#### 7 ö")]
+    found = [json.loads(line) for line in (tmp_path / "right.jsonl").read_text().splitlines()]
+    assert found == [{"question": question, "answer": answer} for question, answer in wanted]
+    assert formats.recognise("right.jsonl", list(found[0]), {}) == formats.Columns(prompt="question", answer="answer")
 
 
 def test_with_an_adapter_answers_are_those_of_base_and_adapters(

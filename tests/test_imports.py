@@ -13,7 +13,7 @@ ELSEWHERE = {".venv", ".git", "demo_run", "work", "__pycache__"}  # folders with
 FILES = [file for file in sorted(ROOT.rglob("*.py")) if not ELSEWHERE & set(file.relative_to(ROOT).parts)]
 FLOORS = (  # from low to high; a name stands for all modules in it
     ("masking", "blockwise.cli"),
-    ("blockwise.knobs", "blockwise.scoring"),
+    ("blockwise.knobs", "blockwise.scoring", "blockwise.sandbox", "blockwise.sandboxed"),
     ("blockwise.run",),
     ("blockwise.models",),
     (
@@ -24,6 +24,7 @@ FLOORS = (  # from low to high; a name stands for all modules in it
         "blockwise.sources",
         "blockwise.formats",
         "blockwise.encoding",
+        "blockwise.rewards",
     ),
     ("blockwise.engine", "blockwise.previews", "blockwise.validation"),
     ("blockwise.trainer", "blockwise.compare"),
