@@ -1,5 +1,6 @@
 """Programs of a model are run for real: right ones, wrong ones, and those that attack their tests or the machine."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -14,6 +15,15 @@ from blockwise.cli import InputError
 
 ADD = sandbox.Tests(("assert add(1, 2) == 3", "assert add(2, 2) == 4", "assert add(0, 0) == 0"), wanted="add")
 RIGHT = "def add(a, b):\n    return a + b\n"
+
+
+def landlock_version():
+    """What Linux itself says, 0 without Landlock; elsewhere 0."""
+    libc = ctypes.CDLL(None)
+    return max(libc.syscall(ctypes.c_long(444), None, ctypes.c_size_t(0), 1), 0) if sys.platform == "linux" else 0
+
+
+pytestmark = pytest.mark.skipif(landlock_version() == 0, reason="programs are refused here: no Linux with Landlock")
 
 
 def passed(program, *tests, **more):
