@@ -15,10 +15,8 @@ import os
 import shutil
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +26,7 @@ from benchmarks import common
 from blockwise import packing
 from blockwise.cli import progress
 
-ROOT = Path(__file__).parent.parent
+ROOT = common.ROOT
 RANKS = 2  # as in demo.sh
 SWEEPS = {
     "length": (256, 512, 1024, 2048, 4096),
@@ -62,18 +60,10 @@ def spread(seconds, digits):
 
 
 def timed(command, folder, until=None):
-    """Seconds that a command takes, or takes until a file has two lines, and its output. It must succeed."""
-    began, end = time.perf_counter(), None
-    with open(folder / "output.txt", "w") as output:
-        where = {"cwd": folder, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
-        process = subprocess.Popen(list(map(str, command)), **where, stdout=output, stderr=subprocess.STDOUT)
-        while process.poll() is None:
-            if until and end is None and until.exists() and until.read_text().count("\n") > 1:
-                end = time.perf_counter()
-            time.sleep(0.02)
-    if process.returncode:
-        raise SystemExit((folder / "output.txt").read_text())
-    return (end or time.perf_counter()) - began
+    """Seconds that a command takes, or takes until a file has two lines. It must succeed."""
+    events = {"until": lambda: until.exists() and until.read_text().count("\n") > 1} if until else {}
+    seen = common.watched(command, folder, events)
+    return seen["until" if until else "end"]
 
 
 def start_command(rows_file, script="train_blockwise.py"):

@@ -26,6 +26,7 @@ LLADA_8B = {
     "rms_norm_eps": 1e-5, "weight_tying": False, "mask_token_id": 126336,
     "eos_token_id": 126081, "pad_token_id": 126081,
 }  # fmt: skip
+ROOT = Path(__file__).parent.parent
 MODEL_FLAGS = ("vocab_size", "d_model", "n_layers", "llada_8b")
 
 
@@ -38,10 +39,15 @@ def add_model_flags(parser, d_model=256, n_layers=4):
 
 
 def random_model(args, device):
-    """A model with random weights, made on the device: fp32 on CPUs, else bf16."""
+    """A model with random weights, made on the device, of the size that add_model_flags says."""
     config = make_config(args.vocab_size, args.d_model, args.n_layers)
     config = llada.LLaDAConfig.from_dict(LLADA_8B) if args.llada_8b else config
     config.max_position_embeddings = 4096
+    return random_weights(config, device)
+
+
+def random_weights(config, device):
+    """A model with random weights, made on the device: fp32 on CPUs, else bf16."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32 if device.type == "cpu" else torch.bfloat16)
     try:
@@ -65,13 +71,45 @@ def in_turn(variants, repeats, device):
     times = {name: [] for name in variants}
     for repeat in progress(range(repeats + 1), desc="repeats"):
         for name, function in variants.items():
-            began = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            spent = seconds(function, device)
             if repeat:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(spent)
     return times
+
+
+def seconds(function, device):
+    """Seconds of a call, with all that it has started on the device."""
+    began = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def watched(command, folder, events):
+    """Runs a command in a folder; it must succeed. events: {name: function -> whether it has happened}, in their order.
+
+    Returns seconds since the start: {name: when it was seen first}, with the end of the command under "end". An event
+    that was only seen afterwards has that time, too.
+    """
+    began, seen, waiting = time.perf_counter(), {}, list(events)
+    with open(folder / "output.txt", "w") as output:
+        where = {"cwd": folder, "env": os.environ | {"PYTHONPATH": with_root(os.environ.get("PYTHONPATH"))}}
+        process = subprocess.Popen(list(map(str, command)), **where, stdout=output, stderr=subprocess.STDOUT)
+        running = True
+        while running:
+            running = process.poll() is None
+            while waiting and events[waiting[0]]():
+                seen[waiting.pop(0)] = time.perf_counter() - began
+            time.sleep(0.02)
+    if process.returncode or waiting:
+        raise SystemExit(f"{(folder / 'output.txt').read_text()}\nerror: {command} failed, or never came to {waiting}")
+    return seen | {"end": time.perf_counter() - began}
+
+
+def with_root(path):
+    """A PYTHONPATH with the repository in front."""
+    return os.pathsep.join([str(ROOT), *([path] if path else [])])
 
 
 def ratios(slow, fast):
@@ -80,9 +118,10 @@ def ratios(slow, fast):
     return statistics.median(each), min(each), max(each)
 
 
-def matmul_ceiling(device):
-    """Highest FLOP/s of a large matrix product, in the dtype of random_model."""
-    size, dtype = (2048, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
+def matmul_ceiling(device, size=None):
+    """Highest FLOP/s of a large matrix product, of this size if one is given, in the dtype of random_weights."""
+    default, dtype = (2048, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
+    size = size or default
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     return 2 * size**3 / min(in_turn({"": lambda: a @ b}, 10, device)[""])
 

@@ -29,11 +29,11 @@ class OneLayer(torch.nn.Module):
         return self.layer(x, position_embeddings=self.rope(x, positions), attention_mask=None)
 
 
-def saved_bytes_per_token(config, dropout, tokens=16):
+def saved_bytes_per_token(config, dropout, rank=defaults.LORA_RANK, tokens=16):
     """Bytes that one adapted layer keeps for its backward pass, per token, in bf16; each storage counted once."""
     config._attn_implementation = "sdpa"
     torch.set_default_dtype(torch.bfloat16)
-    lora = LoraConfig(r=defaults.LORA_RANK, lora_dropout=dropout, target_modules=defaults.TARGET_MODS)
+    lora = LoraConfig(r=rank, lora_dropout=dropout, target_modules=defaults.TARGET_MODS)
     model = get_peft_model(OneLayer(config), lora, autocast_adapter_dtype=False)
     torch.set_default_dtype(torch.float32)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
@@ -52,6 +52,17 @@ def saved_bytes_per_token(config, dropout, tokens=16):
     return total / tokens
 
 
+def total_bytes(config, base, lora, rows, saved, checkpointing, gpus=1):
+    """Bytes on each of some GPUs in a block-wise training step with GRAD_ACC 1 and the default MAX_LEN.
+
+    base, lora: numbers of parameters; saved: see saved_bytes_per_token.
+    """
+    tokens, layers = rows * defaults.MAX_LEN, config.num_hidden_layers
+    kept = 2 * config.hidden_size * layers + saved if checkpointing else saved * layers  # a layer's inputs, one layer
+    head = 3 * 4 * rows * defaults.BLOCK_SIZE * config.vocab_size  # fp32 logits, their softmax and gradient
+    return base * 2 + lora * 4 + lora * 12 / gpus + tokens * kept + head
+
+
 def main():
     config = llada.LLaDAConfig.from_dict(LLADA_8B)
     base, lora = parameters(config, defaults.LORA_RANK)
@@ -68,11 +79,7 @@ def main():
     for rows in (32, 16, 8):
         for dropout, size in per_token.items():
             for checkpointing in (False, True):
-                tokens = rows * defaults.MAX_LEN
-                kept = 2 * config.hidden_size * config.num_hidden_layers + size  # a layer's inputs, and one layer
-                activations = tokens * (kept if checkpointing else size * config.num_hidden_layers)
-                head = 3 * 4 * rows * defaults.BLOCK_SIZE * config.vocab_size  # fp32 logits, their softmax and gradient
-                total = [base * 2 + lora * 4 + lora * 12 / gpus + activations + head for gpus in (1, 8)]
+                total = [total_bytes(config, base, lora, rows, size, checkpointing, gpus) for gpus in (1, 8)]
                 print(f"{rows:>11} {dropout:>12} {checkpointing!s:>13} " + " ".join(f"{t / GB:>7.0f}" for t in total))
 
 

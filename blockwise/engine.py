@@ -59,7 +59,13 @@ def load_model(folder: Path, knobs: SimpleNamespace, ranks: Ranks) -> PeftModel 
     if ranks.rank:
         transformers.utils.logging.disable_progress_bar()
     dtype = torch.bfloat16 if knobs.BF16 else torch.float32
-    model = models.load_model(folder, dtype, ranks.device, knobs.BASE_4BIT)
+    return prepare_model(models.load_model(folder, dtype, ranks.device, knobs.BASE_4BIT), folder, knobs, ranks)
+
+
+def prepare_model(
+    model: PreTrainedModel, folder: str | Path, knobs: SimpleNamespace, ranks: Ranks
+) -> PeftModel | PreTrainedModel:
+    """Makes a loaded base ready for training, as load_model says. folder: named in a warning."""
     if getattr(knobs, "ATTENTION", "sdpa") == "flex":  # a knob of block diffusion only
         model.set_attn_implementation("flex_attention")
     if knobs.GRADIENT_CHECKPOINTING:

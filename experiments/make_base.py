@@ -17,14 +17,12 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from datasets import load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import masking
 from blockwise import formats, prompts
 from blockwise.cli import progress
-from blockwise.encoding import PROBES, Encoder, encode
 from blockwise.models import llada
 
 # LLaDA's special tokens and chat template (hub: tokenizer_config.json), here with the first ids of the vocabulary
@@ -120,6 +118,26 @@ def pretrain(model, rows, steps, batch_size, lr, seed=0):
         yield step, fmean(losses)
 
 
+def tokenizer_and_samples(args):
+    """A tokenizer trained on the texts of --data, and (prompt_len, full_ids) of each row."""
+    from datasets import load_dataset  # only now: benchmarks need neither of these for make_config
+
+    from blockwise.encoding import PROBES, Encoder, encode
+
+    dataset = load_dataset(args.data, split="train")
+    texts = [
+        [row["query"], row["response"]]
+        if args.plain
+        else ["user", "\n\n" + prompts.METAMATH.wrapped(row["query"]), "assistant", "\n\n" + row["response"]]
+        for row in dataset.select(range(min(3000, len(dataset))))
+    ]
+    tokenizer = make_tokenizer(sum(texts, []), vocab_size=min(args.vocab_size, 4096))
+    if args.plain:
+        return tokenizer, [plain_sample(tokenizer, row) for row in dataset]
+    encoder = Encoder(tokenizer, formats.METAMATH, prompts.METAMATH, dataset[:PROBES])
+    return tokenizer, encode(dataset, encoder, max_len=256).samples
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder with jsonl files of query and response")
@@ -137,20 +155,8 @@ def main():
     torch.manual_seed(args.seed)
     began = time.perf_counter()
 
-    dataset = load_dataset(args.data, split="train")
-    texts = [
-        [row["query"], row["response"]]
-        if args.plain
-        else ["user", "\n\n" + prompts.METAMATH.wrapped(row["query"]), "assistant", "\n\n" + row["response"]]
-        for row in dataset.select(range(min(3000, len(dataset))))
-    ]
-    tokenizer = make_tokenizer(sum(texts, []), vocab_size=min(args.vocab_size, 4096))
+    tokenizer, rows = tokenizer_and_samples(args)
     model = llada.LLaDAForCausalLM(make_config(args.vocab_size, args.d_model, args.n_layers))
-    if args.plain:
-        rows = [plain_sample(tokenizer, row) for row in dataset]
-    else:
-        encoder = Encoder(tokenizer, formats.METAMATH, prompts.METAMATH, dataset[:PROBES])
-        rows = encode(dataset, encoder, max_len=256).samples
     for step, loss in pretrain(model, rows, args.steps, args.batch_size, args.lr, args.seed):
         if step == args.steps or (args.save_every and step % args.save_every == 0):
             folder = args.output if step == args.steps else f"{args.output}_step{step:04d}"
