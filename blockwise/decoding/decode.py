@@ -113,16 +113,29 @@ def stream_blocks(
     model, canvas, settings: Settings, end_ids: list[int], generator: torch.Generator | None, watch: Watch | None
 ) -> Iterator[tuple[Tensor, int]]:  # fmt: skip
     """stream for the sampler `blocks`."""
+    mask_id = model.config.mask_token_id
     ids, rows = canvas.ids, 0  # (B, L)
     ends, open_rows = torch.tensor(end_ids, dtype=torch.long, device=ids.device), torch.arange(len(ids)).to(ids.device)
+    last = written_last(settings, end_ids)
     finished = FinishedBlocks(model, canvas, settings) if block_diffusion_size(model.config) else None
     for start in range(canvas.start, ids.shape[1], settings.block_length):
-        block = slice(start, min(start + settings.block_length, ids.shape[1]))
-        numbers = tokens_per_pass(settings, start - canvas.start, block.stop - canvas.start)
-        for todo in write_block(
-            model, canvas, open_rows, block, numbers, settings, end_ids, generator, watch, finished
-        ):
+        block, forward = slice(start, min(start + settings.block_length, ids.shape[1])), None
+        for number in tokens_per_pass(settings, start - canvas.start, block.stop - canvas.start):
+            todo = open_rows[(ids[open_rows, block] == mask_id).any(dim=1)]
+            if not len(todo):
+                break
+            if finished:
+                todo, logits = open_rows, finished.logits(block)
+            elif forward is None or settings.cache == "none":
+                forward = Forward(model, canvas, todo, block, settings)
+                logits = forward.first()
+            else:
+                logits = forward.again(todo, ids)
             rows += len(todo) * (2 if settings.cfg_scale else 1)
+            old, near = ids[todo, block], nearness(canvas, todo, block, mask_id, settings)
+            ids[todo, block] = commit(logits, old, mask_id, number, settings, last, generator, near)
+            if watch:
+                watch(start, logits, old, ids[todo, block])
             yield canvas.answers(), rows
         if settings.stop_at_end:
             over = (torch.isin(ids[open_rows, block], ends) & canvas.answer[open_rows, block]).any(dim=1)
@@ -133,32 +146,9 @@ def stream_blocks(
     yield canvas.answers(), rows
 
 
-def write_block(
-    model, canvas, rows: Tensor, block: slice, numbers: list[int], settings: Settings, end_ids: list[int],
-    generator: torch.Generator | None = None, watch: Watch | None = None, finished: "FinishedBlocks | None" = None,
-) -> Iterator[Tensor]:  # fmt: skip
-    """Writes a block, columns of the canvas, in some rows (R,) of it. Yields, after each pass, the rows that were run.
-
-    numbers: how many tokens each pass writes, see tokens_per_pass; finished: of a block-diffusion model.
-    """
-    ids, mask_id, forward = canvas.ids, model.config.mask_token_id, None
-    last = [*settings.begin_suppress_tokens, *(end_ids if settings.suppress_end else ())]
-    for number in numbers:
-        todo = rows[(ids[rows, block] == mask_id).any(dim=1)]
-        if not len(todo):
-            return
-        if finished:
-            todo, logits = rows, finished.logits(block)
-        elif forward is None or settings.cache == "none":
-            forward = Forward(model, canvas, todo, block, settings)
-            logits = forward.first()
-        else:
-            logits = forward.again(todo, ids)
-        old, near = ids[todo, block], nearness(canvas, todo, block, mask_id, settings)
-        ids[todo, block] = commit(logits, old, mask_id, number, settings, last, generator, near)
-        if watch:
-            watch(block.start, logits, old, ids[todo, block])
-        yield todo
+def written_last(settings: Settings, end_ids: list[int]) -> list[int]:
+    """The ids that are written only when nothing else is left in a block."""
+    return [*settings.begin_suppress_tokens, *(end_ids if settings.suppress_end else ())]
 
 
 @torch.no_grad()
@@ -412,6 +402,12 @@ class Forward:
                 layer.keys, layer.values = layer.keys[:, :, self.kept], layer.values[:, :, self.kept]
             self.cache = cache
         return logits
+
+    def each(self, columns):
+        """Logits (R, K, V) of K columns in each row, other ones in each: (R, L) bool. Without cache and window."""
+        wanted = columns.repeat(2, 1) if self.settings.cfg_scale else columns
+        logits = self.run(self.ids, self.columns, wanted, None)
+        return logits.view(len(columns), -1, logits.shape[-1])
 
     def again(self, rows, ids):
         """Logits (R, K, V) of the block from a pass over the columns whose keys and values are not kept. ids: (B, L)

@@ -1,7 +1,7 @@
 """Answers to many prompts with a batch that stays full: when an answer has ended, the next prompt takes its row.
 
-Rows of the canvas may then be in different blocks. They are moved sideways such that the blocks that are written next
-have the same columns; padding stands on both sides, and no row sees it.
+Each row is in a block of its own, and goes on to the next one when that is written. A pass sees the whole canvas, so
+blocks in different columns are no matter.
 
 Letters in shapes are those of decode.py: R rows, L columns of the canvas, G gen_length, K block_length.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockwise.decoding import decode
+from blockwise.decoding import conv, decode
 from blockwise.decoding.settings import Settings
 
 
@@ -22,29 +22,23 @@ class Row:
     """A prompt that is being answered."""
 
     number: int  # of the prompt
-    ids: Tensor  # (prompt + G,), with masks where nothing is written yet
-    prompt_len: int
+    prompt: list[int]
+    answer: Tensor  # (G,), with masks where nothing is written yet; part of the canvas
     written: int = 0  # tokens of the blocks that are finished
     passes: int = 0  # forward passes so far, twice as many with guidance
-
-    @property
-    def at(self) -> int:
-        """Where the block starts that is written next."""
-        return self.prompt_len + self.written
 
 
 def fits(config, settings: Settings) -> bool:
     """Whether an answer does not depend on the other rows of its batch, and rows in different blocks can be written.
 
-    Not so: random draws; block-diffusion models, whose finished blocks are kept for the whole batch; a window with the
-    last mask of the answer, which is in another column of each row; blocks that differ in the tokens of their passes.
+    Not so: random draws; keys and values that are kept, and a suffix window, which are about one block; blocks whose
+    passes do not all write the same number of tokens.
     """
-    size, length = settings.block_length, settings.gen_length
-    blocks = [(start, min(start + size, length)) for start in range(0, length, size)]
-    alike = len({tuple(decode.tokens_per_pass(settings, *block)) for block in blocks}) == 1
-    alike = alike or settings.threshold > 0 or settings.factor > 0  # each pass writes at least one, anywhere
     random = settings.temperature or settings.remasking == "random" or settings.sampler != "blocks"
-    return not (random or decode.block_diffusion_size(config) or settings.suffix_last) and alike
+    kept = settings.cache != "none" or settings.suffix >= 0 or decode.block_diffusion_size(config)
+    per_block = settings.steps * settings.block_length / settings.gen_length
+    uneven = not (settings.threshold or settings.factor) and (per_block % 1 or settings.block_length % per_block)
+    return not (random or kept or uneven or settings.gen_length % settings.block_length)
 
 
 @torch.no_grad()
@@ -58,45 +52,48 @@ def answers(
     """
     decode.check_settings(model.config, settings)
     decode.make_canvas(model.config, prompts, settings.gen_length, "cpu")  # which refuses what does not fit
-    waiting, rows = deque(enumerate(prompts)), []
-    ends = torch.tensor(end_ids, dtype=torch.long, device=model.device)
-    numbers = decode.tokens_per_pass(settings, 0, min(settings.block_length, settings.gen_length))
+    waiting, rows, canvas = deque(enumerate(prompts)), [], None
     while waiting or rows:
-        while waiting and len(rows) < batch_size:
-            rows.append(start(model, *waiting.popleft(), settings.gen_length))
-        canvas = arrange(rows, model.config.pad_token_id)
-        block = slice(canvas.start, min(canvas.start + settings.block_length, canvas.ids.shape[1]))
-        everyone = torch.arange(len(rows), device=model.device)
-        for todo in decode.write_block(model, canvas, everyone, block, numbers, settings, end_ids):
-            for row in todo.tolist():
-                rows[row].passes += 2 if settings.cfg_scale else 1
-        over = torch.isin(canvas.ids[:, block], ends) & canvas.answer[:, block] & settings.stop_at_end  # (R, K)
-        for row, ids, stopped in zip(rows, canvas.ids, over.any(dim=1).tolist()):
-            new = ids[block][: len(row.ids) - row.at]  # the last block may be shorter
-            row.ids[row.at : row.at + len(new)] = new
-            row.written += len(new)
-            if stopped:
-                row.ids[row.at :], row.written = decode.eos_ids(model.config)[0], settings.gen_length
-        if done := [row for row in rows if row.at == len(row.ids)]:
-            yield [(row.number, row.ids[row.prompt_len :], row.passes) for row in done]
-        rows = [row for row in rows if row.at < len(row.ids)]
+        if canvas is None:
+            while waiting and len(rows) < batch_size:
+                number, prompt = waiting.popleft()
+                empty = torch.full((settings.gen_length,), model.config.mask_token_id, device=model.device)
+                rows.append(Row(number, prompt, empty))
+            canvas = arrange(model, rows, settings.gen_length)
+        write(model, canvas, rows, settings, end_ids)
+        if done := [row for row in rows if row.written == settings.gen_length]:
+            yield [(row.number, row.answer, row.passes) for row in done]
+            rows, canvas = [row for row in rows if row.written < settings.gen_length], None
 
 
-def start(model, number: int, prompt: list[int], gen_length: int) -> Row:
-    """A prompt of which nothing is answered yet."""
-    ids = torch.tensor(prompt + [model.config.mask_token_id] * gen_length, device=model.device)
-    return Row(number, ids, len(prompt))
+def arrange(model, rows: list[Row], gen_length: int) -> decode.Canvas:
+    """A canvas of rows that are partly answered; their answers are parts of it from now on."""
+    canvas = decode.make_canvas(model.config, [row.prompt for row in rows], gen_length, model.device)
+    for row, ids in zip(rows, canvas.ids):
+        ids[canvas.start :] = row.answer
+        row.answer = ids[canvas.start :]
+    return canvas
 
 
-def arrange(rows: list[Row], pad_id: int) -> decode.Canvas:
-    """Rows with the same columns for the blocks that are written next, which start at canvas.start."""
-    begin = max(row.at for row in rows)
-    width = begin + max(len(row.ids) - row.at for row in rows)
-    ids = torch.full((len(rows), width), pad_id, device=rows[0].ids.device)  # (R, L)
-    seen, answer = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-    for number, row in enumerate(rows):
-        left = begin - row.at
-        ids[number, left : left + len(row.ids)] = row.ids
-        seen[number, left : left + len(row.ids)] = True
-        answer[number, left + row.prompt_len : left + len(row.ids)] = True
-    return decode.Canvas(ids, seen, answer, begin)
+def write(model, canvas: decode.Canvas, rows: list[Row], settings: Settings, end_ids: list[int]) -> None:
+    """A pass over all rows, which writes tokens in the block of each."""
+    everyone, mask_id = torch.arange(len(rows), device=canvas.ids.device), model.config.mask_token_id
+    starts = canvas.start + torch.tensor([row.written for row in rows], device=canvas.ids.device)[:, None]  # (R, 1)
+    position = torch.arange(canvas.ids.shape[1], device=canvas.ids.device)  # (L,)
+    block = (position >= starts) & (position < starts + settings.block_length)  # (R, L)
+    logits = decode.Forward(model, canvas, everyone, slice(0), settings).each(block)  # (R, K, V)
+    old, near = canvas.ids[block].view(len(rows), -1), None
+    if settings.remasking == "nearness":
+        near = conv.nearness(canvas.visible(everyone, mask_id), settings.window)[block].view_as(old)
+    number = decode.tokens_per_pass(settings, 0, settings.block_length)[0]
+    last = decode.written_last(settings, end_ids)
+    new = decode.commit(logits, old, mask_id, number, settings, last, near=near)  # (R, K)
+    canvas.ids[block] = new.flatten()
+    ends = torch.tensor(end_ids, dtype=torch.long, device=new.device)
+    full = (new != mask_id).all(dim=1)
+    over = full & torch.isin(new, ends).any(dim=1) & settings.stop_at_end
+    for row, is_full, is_over in zip(rows, full.tolist(), over.tolist()):
+        row.passes += 2 if settings.cfg_scale else 1
+        row.written += settings.block_length if is_full else 0
+        if is_over:
+            row.answer[row.written :], row.written = decode.eos_ids(model.config)[0], settings.gen_length
