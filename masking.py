@@ -31,6 +31,7 @@ class Batch:
     prompt_len: Tensor  # (G,) where the answer starts
     length: Tensor  # (G,) where it ends
     block: Tensor  # (G,) the block to train, from 0; without blocks: another number in each epoch
+    extra: dict[str, Tensor] = field(default_factory=dict)  # (G, ...)
 
 
 @dataclass
@@ -384,3 +385,77 @@ def preference_loss(
     m_w, m_l = mean(part.targets, part.weights), mean(part.extra["repeated"], part.extra["rejected"])
     losses = -F.logsigmoid(beta_w * m_w - beta_l * m_l - gamma) - beta_a * m_w
     return (part.extra["share"] * losses).sum()
+
+
+# ---------------------------------------------------------------- policy gradients: rollouts, which the model wrote
+
+
+def policy_block_masks(
+    prompt_len: Tensor, length: Tensor, block: Tensor, max_len: int, block_size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """What block decoding sees when it begins a block: blockwise_masks with mask ratio 1 and the suffix masked.
+
+    length: (B,), where the canvas ends, as decoding masks all of it. Returns masked, supervised: (B, L) bool.
+    """
+    masked, active, _ = blockwise_masks(
+        prompt_len, length, block, max_len, block_size=block_size, mask_prob_eps=1.0, prefix_mask_rate=0.0,
+        suffix_mask_prob=1.0, generator=generator,
+    )  # fmt: skip
+    return masked, active
+
+
+def trace_masks(order: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """What decoding saw in one of its steps, and what it wrote there (TraceRL, 2509.06949).
+
+    order: (B, L), the step in which each token was written, -1 for prompts; step: (B,). Returns masked, supervised.
+    """
+    return order >= step[:, None], order == step[:, None]
+
+
+def one_step_masks(
+    prompt: Tensor, answer: Tensor, p_mask_prompt: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The estimate of diffu-GRPO (2504.12216): all of the answer is masked, and so are some tokens of the prompt.
+
+    prompt, answer: (B, L) bool; p_mask_prompt: the probability of that. Returns masked, supervised.
+    """
+    u = torch.rand(prompt.shape, generator=generator, device=prompt.device)
+    return answer | (prompt & (u < p_mask_prompt)), answer
+
+
+def log_probs(logits: Tensor, part: Noised, temperature: float, mask_id: int) -> Tensor:
+    """Log-probabilities of the supervised targets of `part`, as sampling has them: (n, V) -> (n,), in fp32.
+
+    Sampling divides the logits by the temperature, and never draws the mask.
+    """
+    never = torch.arange(logits.shape[1], device=logits.device) == mask_id  # (V,)
+    logits = (logits.float() / temperature).masked_fill(never, -torch.inf)
+    return -F.cross_entropy(logits, part.targets[part.supervised], reduction="none")
+
+
+def policy_loss(
+    logits: Tensor, part: Noised, *, temperature: float, mask_id: int, epsilon: float, beta: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of group-relative policy optimisation (GRPO, 2402.03300), without the division by standard deviations.
+
+    With ratio = exp(log p - old log p), the weighted sum over the supervised tokens of
+
+        -min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon) * A) + beta * KL,  KL = exp(d) - d - 1
+
+    where d is the log-probability of the reference less that of the model. part.extra: "advantage" (B,), and (B, L)
+    "old", without which the ratio is 1, and with beta "reference". logits: (n, V) -> scalar, the part's share of the
+    global batch's loss; and its shares of what the batch shows: tokens whose ratio is clipped, and KL.
+    """
+    now, weights = log_probs(logits, part, temperature, mask_id), part.weights[part.supervised]  # (n,), (n,)
+    advantage = part.extra["advantage"][:, None].expand_as(part.supervised)[part.supervised]  # (n,)
+    old = part.extra["old"][part.supervised] if "old" in part.extra else now.detach()
+    ratio = (now - old).exp()
+    losses = -torch.min(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
+    clipped = (ratio - 1) * advantage.sign() > epsilon  # only there the clip takes the gradient away
+    measured = {"clip_share": (weights * clipped).sum()}
+    if beta:
+        distance = part.extra["reference"][part.supervised] - now
+        kl = distance.exp() - distance - 1
+        losses = losses + beta * kl
+        measured["kl"] = (weights * kl.detach()).sum()
+    return (weights * losses).sum(), measured

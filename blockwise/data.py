@@ -6,7 +6,7 @@ Letters in shapes: N samples of the data, L positions with padding, P pairs of a
 import pickle
 import random
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,18 +34,21 @@ class Samples:
     unanswered: int  # samples that were left out because nothing follows their prompt
     padding: int = 0  # the id that is padded with
     width: int = 0  # of texts: the tokens that they are padded to; 0 = these are no texts, and padded already
+    extra: dict[str, Tensor] = field(default_factory=dict)  # (N, ...) more for masking.Batch
 
     def to(self, device: torch.device) -> "Samples":
         """All but the ids of texts, which may be larger than the device's memory."""
         ids = self.ids if self.width else self.ids.to(device)
-        rest = (self.prompt_len, self.length, self.number)
-        return Samples(ids, *(tensor.to(device) for tensor in rest), self.unanswered, self.padding, self.width)
+        rest = (tensor.to(device) for tensor in (self.prompt_len, self.length, self.number))
+        extra = {name: tensor.to(device) for name, tensor in self.extra.items()}
+        return Samples(ids, *rest, self.unanswered, self.padding, self.width, extra)
 
     def batch(self, sample: Tensor, block: Tensor) -> masking.Batch:
         """These samples, (G,) indices, padded to MAX_LEN. block: (G,), see masking.Batch."""
         ids = self.ids[sample.to(self.ids.device)].to(sample.device).long()
         ids = F.pad(ids, (0, max(self.width - ids.shape[1], 0)), value=self.padding)
-        return masking.Batch(ids, self.prompt_len[sample], self.length[sample], block)
+        extra = {name: tensor[sample] for name, tensor in self.extra.items()}
+        return masking.Batch(ids, self.prompt_len[sample], self.length[sample], block, extra)
 
 
 def make_samples(data: list | Tensor, knobs: SimpleNamespace, config) -> Samples:
@@ -161,15 +164,20 @@ def schedule(blocks: Tensor, epochs: int, seed: int) -> Tensor:
         return torch.Generator().manual_seed(derive_seed(seed, *purpose))
 
     most = int(blocks.max())
-    keys = torch.rand(len(blocks), most, generator=generator("turns"))  # this name and "rows" make the numbers
-    keys[torch.arange(most) >= blocks[:, None]] = 2.0  # blocks that the sample does not have come last
-    order = keys.argsort(dim=1)  # (N, most): the sample's blocks in the order of their use
+    has = torch.arange(most) < blocks[:, None]  # (N, most)
+    order = random_order(has, generator("turns"))  # this name and "rows" make the numbers
     pairs = []
     for epoch in range(min(epochs, most)):
         left = (blocks > epoch).nonzero()[:, 0]
         left = left[torch.randperm(len(left), generator=generator("rows", epoch))]
         pairs.append(torch.stack([left, order[left, epoch]], dim=1))
     return torch.cat(pairs)
+
+
+def random_order(has: Tensor, generator: torch.Generator) -> Tensor:
+    """The order in which each sample's blocks are used; those that it does not have come last. (N, S) each."""
+    keys = torch.rand(has.shape, generator=generator)
+    return keys.masked_fill(~has, 2.0).argsort(dim=1)
 
 
 def derive_seed(seed: int, *names) -> int:

@@ -22,6 +22,7 @@ class Previews:
         starts = samples.prompt_len[:PROMPTS]
         if samples.width:  # packed texts have no prompts: the first half of each is continued
             starts = starts + samples.ids.shape[1] // 2
+        self.what = f"answers to {len(starts)} training prompts"
         self.prompts = [ids[:start].tolist() for ids, start in zip(samples.ids, starts)]
         block_length = getattr(knobs, "BLOCK_SIZE", Settings.block_length)  # the baseline has no blocks
         longest = int((samples.length[:PROMPTS] - starts).max())

@@ -1,9 +1,9 @@
 """The training that all objectives share: one optimizer step, the loop around it, checkpoints.
 
-An objective is a `noise` and a `loss`, which a script passes to `train`; all else is the same for all objectives.
-Letters in shapes: see masking.py; N samples of the data.
+An objective is a `noise` and a `loss`, which a script passes to `train`; all else is shared.
+Letters in shapes: see masking.py; N samples.
 Every random number of a step comes from (SEED, step), dropout's also from the rank. Each rank makes the noise of the
-whole global batch and trains on its rows of it, so a batch has the same masks for any number of ranks.
+whole global batch and trains on its rows, so masks are the same for any number of ranks.
 """
 
 import json
@@ -32,7 +32,8 @@ from blockwise.data import Samples, derive_seed, make_samples, read_pt, schedule
 from blockwise.models import base as models
 from blockwise.models import card, checkpoint, hub
 from blockwise.previews import Previews
-from blockwise.prompts import FILE
+from blockwise.prompts import FILE, PromptFormat
+from blockwise.rollouts import Rollouts
 from blockwise.run import constants, files, resume, signals, trackers
 from blockwise.run.logs import SAMPLES, VAL_LOSS, Logs
 from blockwise.run.ranks import Ranks, print0
@@ -43,7 +44,7 @@ from blockwise.validation import Validation
 
 
 def train_step(run: "Run", step: int, should_stop: Callable[[], object] = lambda: None) -> "Step":
-    """One optimizer step over global batch number `step`, from 1. should_stop: whether this rank got a signal."""
+    """One optimizer step over global batch `step`, from 1. should_stop: whether this rank got a signal."""
     knobs, ranks, engine = run.knobs, run.ranks, run.engine
     samples, noised = global_batch(run, step)
     torch.manual_seed(derive_seed(knobs.SEED, "dropout", step, ranks.rank))
@@ -80,10 +81,14 @@ class Step:
 def global_batch(run: "Run", step: int) -> tuple[Tensor, masking.Noised]:
     """The samples of a step, (G,) indices, and their noise, the same on every rank."""
     size, samples = global_batch_size(run.knobs, run.ranks), run.samples
-    sample, block = run.plan[(step - 1) * size : step * size].T  # (G,), (G,)
+    first = (step - 1) * size % len(run.plan)  # of rollouts, the plan is that of a round
+    sample, block = run.plan[first : first + size].T  # (G,), (G,)
     batch = samples.batch(sample, block)
     generator = torch.Generator(run.ranks.device).manual_seed(derive_seed(run.knobs.SEED, "masks", step))
-    return sample, run.noise(batch, generator, run.knobs)
+    noised = run.noise(batch, generator, run.knobs)
+    if run.rollouts:
+        noised.extra |= run.rollouts.before(step)
+    return sample, noised
 
 
 def gather_losses(losses: list[Tensor], stop: bool) -> tuple[Tensor, bool]:
@@ -116,6 +121,7 @@ SHOWN = 90  # letters of a preview on the screen
 def train(
     knobs: SimpleNamespace, noise: Noise, loss: Loss = masking.weighted_nll,
     blocks: Callable[[Tensor], Tensor] | None = None, config: dict[str, object] | None = None,
+    rollouts: Rollouts | None = None,
 ) -> None:  # fmt: skip
     """Fine-tunes adapters or all weights, logs every step, saves checkpoints. Run by the deepspeed launcher.
 
@@ -123,7 +129,7 @@ def train(
     numbers come from the generator. loss(logits (n, V), part): the share of a part of that in the loss of the global
     batch. blocks: answer lengths (N,) -> number of blocks of each sample (N,), of which a run trains each at most once;
     None: every sample comes once in each epoch. config: entries for the config.json of the checkpoints, such as those
-    of BLOCK_DIFFUSION.
+    of BLOCK_DIFFUSION. rollouts: the samples are these instead of those of DATA_PT.
     Raises InputError before anything is trained or written if the knobs, the samples or the model cannot be used, and
     during the training if a file cannot be written or MAX_BAD_STEPS come in a row. Exits with STOPPED on a signal.
     """
@@ -131,7 +137,7 @@ def train(
         raise InputError(f"start this script with the launcher: deepspeed --num_gpus N {sys.argv[0]}")
     signals.end_at_once()
     launchers, began = signals.launchers(), time.perf_counter()
-    run = start(knobs, noise, loss, blocks, BLOCK_DIFFUSION | (config or {}))
+    run = start(knobs, noise, loss, blocks, BLOCK_DIFFUSION | (config or {}), rollouts)
     done, bad_steps = steps_done(run)
     start_tracker(run, done)
     with (
@@ -143,9 +149,10 @@ def train(
         reason = watch.stop or "a signal to another rank"
         print0(run.ranks, "stopped", f"by {reason}, after step {step}; the same command with --RESUME=True resumes it")
         sys.exit(STOPPED)
-    losses, seconds = run.logs.losses(), time.perf_counter() - began
-    loss = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}"
-    print0(run.ranks, "done", f"{len(losses)} steps, {seconds:.0f} s in this process, {loss}")
+    shown = "reward" if rollouts else "loss"
+    values, seconds = run.logs.column(shown), time.perf_counter() - began
+    change = f"{shown} {values[0]:.4f} -> {values[-1]:.4f}"
+    print0(run.ranks, "done", f"{len(values)} steps, {seconds:.0f} s in this process, {change}")
     print0(run.ranks, "logs", f"{run.folder.path}/train_loss.csv, metrics.csv, {constants.CONSTANTS}")
 
 
@@ -156,8 +163,8 @@ class Run:
     knobs: SimpleNamespace  # the script's constants
     ranks: Ranks
     base: Path  # folder of the base model
-    samples: Samples  # the data, on the rank's device
-    plan: Tensor  # (P, 2): sample and block of each draw, see data.schedule
+    samples: Samples | None  # the data, on the rank's device; of rollouts, those of the round
+    plan: Tensor | None  # (P, 2): sample and block of each draw, see data.schedule
     noise: Noise
     loss: Loss
     steps: int  # optimizer steps
@@ -165,63 +172,95 @@ class Run:
     logs: Logs
     model: PeftModel | PreTrainedModel
     engine: deepspeed.DeepSpeedEngine
-    previews: Previews | None
+    previews: Previews | Rollouts | None
     validation: Validation | None
     entries: dict[str, object]  # for the config.json of the checkpoints
     constants: dict  # see constants_of; for the cards of the checkpoints
     new_files: dict[str, bytes]  # that checkpoints and adapters have besides those of the base
+    rollouts: Rollouts | None = None
 
 
 def start(
-    knobs: SimpleNamespace, noise: Noise, loss: Loss, blocks: Callable | None, entries: dict[str, object]
+    knobs: SimpleNamespace, noise: Noise, loss: Loss, blocks: Callable | None, entries: dict[str, object],
+    rollouts: Rollouts | None,
 ) -> Run:  # fmt: skip
     """Checks all that the user gives, then loads model and engine. Raises InputError.
 
     Exits with 0 if the run to resume is finished.
     """
     trackers.check(knobs.TRACKER)
-    # before the base, which may be a large download
-    ranks, data, val_data = Ranks.from_environment(), read_pt(knobs.DATA_PT), validation.read(knobs)
-    stored = stored_format(knobs.DATA_PT)
+    ranks = Ranks.from_environment()
+    read = None if rollouts else read_files(knobs)  # before the base, which may be a large download
     base = hub.local_folder(knobs.MODEL_NAME)
     config = engines.check_model(base, knobs)
     if entries["block_diffusion_size"] and not models.meta_model(config)._supports_sdpa:
         what = "other attention of transformers adds a boolean mask to the scores, which then masks nothing"
         raise InputError(f"{base}: block diffusion needs a model type with sdpa attention; {what}.")
+    if rollouts:
+        data = Data(rollouts.prepare(base, config, ranks), rollouts.prompt_format, rollouts)
     config.update(entries)  # previews are decoded as the checkpoints are
-    samples = make_samples(data, knobs, config)
+    if not rollouts:
+        data = data_of(*read, knobs, ranks, base, config, noise, loss, blocks)
+    warmup = engines.warmup_steps(data.steps, knobs.WARMUP_TYPE, knobs.WARMUP_RATIO)
+    print0(ranks, "warm-up", f"{warmup:,} steps, {knobs.WARMUP_TYPE} (WARMUP_RATIO {knobs.WARMUP_RATIO:g})")
+    engines.start_group()
+    folder, now = claim_folder(knobs, ranks, data.steps, base, rollouts.derived if rollouts else {})
+    if knobs.SAMPLE_EVERY:
+        print0(ranks, "previews", f"every {knobs.SAMPLE_EVERY} steps, {data.previews.what}: {folder.path}/{SAMPLES}")
+    model = engines.load_model(base, knobs, ranks)
+    model.config.update(entries)
+    engine = engines.start_engine(model, knobs, data.steps)
+    logs = Logs(ranks, folder.path, rollouts.columns if rollouts else (VAL_LOSS,) if data.validation else ())
+    # if the data does not say, that of the base stays
+    new_files = {FILE: data.prompt_format.to_json()} if data.prompt_format else {}
+    return Run(
+        knobs, ranks, base, data.samples, data.plan, noise, loss, data.steps, folder, logs, model, engine,
+        data.previews if knobs.SAMPLE_EVERY else None, data.validation, entries, now, new_files, rollouts,
+    )  # fmt: skip
+
+
+@dataclass
+class Data:
+    """What a training is on, once it is checked against the model; see Run."""
+
+    steps: int
+    prompt_format: PromptFormat | None  # how the questions were put
+    previews: Previews | Rollouts | None
+    samples: Samples | None = None
+    plan: Tensor | None = None
+    validation: Validation | None = None
+
+
+def read_files(knobs: SimpleNamespace) -> tuple:
+    """What DATA_PT and VAL_PT hold, and how the questions were put. Raises InputError."""
+    return read_pt(knobs.DATA_PT), validation.read(knobs), stored_format(knobs.DATA_PT)
+
+
+def data_of(
+    samples: list | Tensor, val: list | Tensor | None, prompt_format: PromptFormat | None, knobs: SimpleNamespace,
+    ranks: Ranks, base: Path, config, noise: Noise, loss: Loss, blocks: Callable | None,
+) -> Data:  # fmt: skip
+    """The samples of files, their order, and how many steps that gives. Raises InputError."""
+    samples = make_samples(samples, knobs, config)
     previews = Previews(base, config, samples, knobs) if knobs.SAMPLE_EVERY else None
-    val = None if val_data is None else Validation(val_data, knobs, config, noise, loss, blocks)
+    val = None if val is None else Validation(val, knobs, config, noise, loss, blocks)
     answer_len = samples.length - samples.prompt_len  # (N,)
     plan = schedule(
         blocks(answer_len) if blocks else torch.full_like(answer_len, knobs.EPOCHS), knobs.EPOCHS, knobs.SEED
     )  # (P, 2)
     steps = plan_steps(knobs, ranks, samples, plan)
-    engines.start_group()
-    folder, now = claim_folder(knobs, ranks, steps, base)
-    if previews:
-        what = f"every {knobs.SAMPLE_EVERY} steps, answers to {len(previews.prompts)} training prompts"
-        print0(ranks, "previews", f"{what}: {folder.path}/{SAMPLES}")
-    model = engines.load_model(base, knobs, ranks)
-    model.config.update(entries)
-    engine = engines.start_engine(model, knobs, steps)
-    samples, plan, logs = samples.to(ranks.device), plan.to(ranks.device), Logs(ranks, folder.path, val is not None)
-    new_files = {FILE: stored.to_json()} if stored else {}  # if the data does not say, that of the base stays
-    return Run(
-        knobs, ranks, base, samples, plan, noise, loss, steps, folder, logs, model, engine, previews, val, entries, now,
-        new_files,
-    )  # fmt: skip
+    return Data(steps, prompt_format, previews, samples.to(ranks.device), plan.to(ranks.device), val)
 
 
-def claim_folder(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: Path) -> tuple[RunFolder, dict]:
+def claim_folder(
+    knobs: SimpleNamespace, ranks: Ranks, steps: int, base: Path, more: dict[str, str]
+) -> tuple[RunFolder, dict]:
     """The folder of the run, locked by all ranks, and the constants in force. Raises InputError.
 
-    Exits with 0 if the run to resume is finished.
+    more: what the run depends on besides. Exits with 0 if the run to resume is finished.
     """
-    alpha = engines.lora_alpha(knobs)
-    now = ranks.on_first_rank(
-        lambda: constants.constants_of(knobs, ranks, steps, hub.fingerprint(base), lora_alpha=alpha)
-    )
+    derived = {"lora_alpha": engines.lora_alpha(knobs)} | more
+    now = ranks.on_first_rank(lambda: constants.constants_of(knobs, ranks, steps, hub.fingerprint(base), **derived))
     folder = ranks.on_first_rank(lambda: open_folder(knobs, ranks, steps, now))
     if not folder:
         dist.destroy_process_group()
@@ -271,9 +310,11 @@ def steps_done(run: Run) -> tuple[int, int]:
     if status is Status.FINISHED:  # it was killed while it removed its resume points
         return run.steps, 0
     if status is Status.UNFINISHED:
-        done = resume.load(run.engine, run.ranks, run.folder, run.logs)
+        done, bad_steps, rollouts = resume.load(run.engine, run.ranks, run.folder, run.logs)
         run.ranks.on_first_rank(lambda: constants.update(run.folder, run.knobs))
-        return done
+        if run.rollouts:
+            use_round(run, done, rollouts)
+        return done, bad_steps
     if run.knobs.RESUME:
         print0(run.ranks, "resume", f"{run.folder.path} has no resume point yet: it starts at step 1")
     run.ranks.on_first_rank(lambda: run.logs.start(None))
@@ -294,12 +335,15 @@ def loop(run: Run, watch: signals.Watch, done: int, bad_steps: int) -> tuple[int
         range(done + 1, run.steps + 1), "training", run.steps, initial=done, unit="step", disable=ranks.rank > 0
     )
     for step in bar:
+        if run.rollouts and not begin_round(run, step, bad_steps, watch):
+            return step - 1, True
         began, lr = time.perf_counter(), run.engine.get_lr()[0]
         with watch.step():
             result = train_step(run, step, lambda: watch.stop)
         speed = result.tokens / (time.perf_counter() - began)
-        run.logs.add_step(step, lr, result, speed, complete=not validates_after(run, step))
-        bar.set_postfix(loss=f"{result.loss:.3f}", refresh=False)
+        more = run.rollouts.measures() if run.rollouts else {}
+        run.logs.add_step(step, lr, result, speed, complete=not validates_after(run, step), more=more)
+        bar.set_postfix(on_bar(result.loss, more), refresh=False)
         bad_steps = bad_steps + 1 if result.bad_rows else 0
         stopped = result.stop or validate(run, step, watch)
         too_bad = bad_steps >= knobs.MAX_BAD_STEPS
@@ -307,7 +351,7 @@ def loop(run: Run, watch: signals.Watch, done: int, bad_steps: int) -> tuple[int
             ranks.on_first_rank(lambda step=step: preview(run, step))
         save = every(knobs.SAVE_EVERY, step, run.steps)
         if save or stopped or too_bad or every(knobs.RESUME_EVERY, step, run.steps):
-            resume.save(run.engine, ranks, run.folder, run.logs, step, bad_steps)
+            save_point(run, step, bad_steps)
         if too_bad:
             bad = f"{bad_steps} bad steps in a row, see {run.folder.path}/bad_steps.jsonl"
             raise InputError(f"{bad}; a lower LR may help.")
@@ -317,6 +361,42 @@ def loop(run: Run, watch: signals.Watch, done: int, bad_steps: int) -> tuple[int
             save_checkpoint(run, step)
     ranks.on_first_rank(lambda: resume.remove(run.folder.resume_points()))  # the run is finished
     return step, False
+
+
+def on_bar(loss: float, more: dict[str, float]) -> dict[str, str]:
+    """What the progress bar shows of a step: a policy's loss says nothing, its reward does."""
+    return {"reward": f"{more['reward']:.3f}"} if more else {"loss": f"{loss:.3f}"}
+
+
+def save_point(run: Run, step: int, bad_steps: int) -> None:
+    """Writes a resume point."""
+    rollouts = run.rollouts.state if run.rollouts else {}
+    resume.save(run.engine, run.ranks, run.folder, run.logs, step, bad_steps, rollouts)
+
+
+# ---------------------------------------------------------------- rounds
+
+
+def begin_round(run: Run, step: int, bad_steps: int, watch: signals.Watch) -> bool:
+    """Before the first step of a round, lets the model answer its problems.
+
+    Returns whether no signal prevented it; else there is a resume point of the steps before.
+    """
+    if run.rollouts.has(step):
+        return True
+    state = run.rollouts.make(run.model, run.ranks, step, lambda: watch.stop)
+    if state is None:
+        if step > 1:
+            save_point(run, step - 1, bad_steps)
+        return False
+    use_round(run, step, state)
+    run.rollouts.add_log_probs(run.model, run.ranks, lambda step: global_batch(run, step)[1])
+    return True
+
+
+def use_round(run: Run, step: int, state: dict[str, Tensor]) -> None:
+    """The steps of a round train its rollouts; step: one of them."""
+    run.samples, run.plan = run.rollouts.use(step, state, run.ranks.device)
 
 
 # ---------------------------------------------------------------- validation
@@ -389,14 +469,12 @@ def plan_steps(knobs: SimpleNamespace, ranks: Ranks, samples: Samples, plan: Ten
             f"TOTAL_TRAIN_STEPS={steps} is more than the {draws // size} steps of a global batch of {factors} "
             f"({passes}); raise MAX_SAMPLES, or EPOCHS while samples have blocks left, or lower TOTAL_TRAIN_STEPS."
         )
-    warmup = engines.warmup_steps(steps, knobs.WARMUP_TYPE, knobs.WARMUP_RATIO)
     for what, text in (
         ("samples", f"{n:,} of {knobs.DATA_PT} ({samples.unanswered:,} without an answer left out)"),
         ("passes", f"{draws:,} = {n:,} samples x {knobs.EPOCHS} EPOCHS - {used_up:,} with no block left"),
         ("global batch", factors),
         ("steps", f"{steps:,} " + ("= TOTAL_TRAIN_STEPS" if knobs.TOTAL_TRAIN_STEPS else f"= {draws:,} // {size:,}")),
         ("tokens/step", f"{size * knobs.MAX_LEN:,} = {size:,} samples x {knobs.MAX_LEN} MAX_LEN"),
-        ("warm-up", f"{warmup:,} steps, {knobs.WARMUP_TYPE} (WARMUP_RATIO {knobs.WARMUP_RATIO:g})"),
     ):
         print0(ranks, what, text)
     return steps

@@ -20,6 +20,7 @@ SCRIPTS = {  # flags with which a script comes to its first package
     "train_bd3lm.py": (),
     "train_blockwise.py": (),
     "train_fullseq.py": (),
+    "train_grpo.py": (),
     "train_r2ft.py": (),
 }
 

@@ -14,9 +14,10 @@ from conftest import ROOT
 import train_bd3lm
 import train_blockwise
 import train_fullseq
+import train_grpo
 import train_r2ft
 
-SCRIPTS = (train_blockwise, train_fullseq, train_bd3lm, train_r2ft)
+SCRIPTS = (train_blockwise, train_fullseq, train_bd3lm, train_r2ft, train_grpo)
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "demo/README.md"]
 FILES = [
     ROOT / name

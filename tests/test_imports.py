@@ -26,7 +26,7 @@ FLOORS = (  # from low to high; a name stands for all modules in it
         "blockwise.encoding",
         "blockwise.rewards",
     ),
-    ("blockwise.engine", "blockwise.previews", "blockwise.validation"),
+    ("blockwise.engine", "blockwise.previews", "blockwise.rollouts", "blockwise.validation"),
     ("blockwise.trainer", "blockwise.compare"),
 )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from blockwise.run.constants import MAY_CHANGE_ON_RESUME, VERSIONS
+from blockwise.run.constants import MAY_CHANGE_ON_RESUME, VERSIONS, data_file
 
 README = "README.md"
 RESULTS = "<!-- blockwise.models.push puts what eval.py has measured here -->\n"
@@ -21,8 +21,10 @@ OBJECTIVES = {
     " ([arXiv 2502.09992](https://arxiv.org/abs/2502.09992))",
     "train_bd3lm.py": "block diffusion ([arXiv 2503.09573](https://arxiv.org/abs/2503.09573))",
     "train_r2ft.py": "R2FT, a training against repetition ([arXiv 2509.15188](https://arxiv.org/abs/2509.15188))",
+    "train_grpo.py": "group-relative policy optimisation on its own answers, block by block (GRPO,"
+    " [arXiv 2402.03300](https://arxiv.org/abs/2402.03300))",
 }
-ELSEWHERE = {"MODEL_NAME", "DATA_PT", "CKPT_DIR"}  # knobs that the card has in other words
+ELSEWHERE = {"MODEL_NAME", "DATA_PT", "DATA", "CKPT_DIR"}  # knobs that the card has in other words
 UNSAID = {"model", "weights", "problems", "adapter"}  # of settings.json: what the card is about
 BLOCK_LENGTH = 32  # of decoding, for a training without blocks
 
@@ -81,8 +83,8 @@ print(blockwise.generate(model, tokenizer, {ask}, **settings))
 def example(constants: dict, model: str, base: Path, adapter: bool) -> str:
     """How to load it and get an answer, with blocks and a length as in the training."""
     block = constants.get("BLOCK_SIZE", BLOCK_LENGTH)
-    length = max(1, constants["MAX_LEN"] // block) * block
-    settings = {"gen_length": length, "block_length": block, "steps": length}
+    length = constants.get("GEN_LENGTH") or max(1, constants["MAX_LEN"] // block) * block
+    settings = {"gen_length": length, "block_length": block, "steps": constants.get("STEPS", length)}
     name = json.dumps(model, ensure_ascii=False)
     return EXAMPLE.format(
         load=f"{name}, adapter=checkpoint" if adapter else "checkpoint",
@@ -104,7 +106,7 @@ def training(constants: dict, model: str, step: int) -> str:
     size = f"{micro * accumulated * ranks} = {micro} MICRO_BSIZE x {accumulated} GRAD_ACC x {ranks} ranks"
     rows = {
         "base": f"{model}, fingerprint `{derived['model']}`",
-        "data": f"{Path(constants['DATA_PT']).name}, sha256 `{derived['data']}`",
+        "data": f"{Path(data_file(constants)).name}, sha256 `{derived['data']}`",
         "step": f"{step} of {derived['total_steps']}",
         "global batch": size,
         "code": f"commit `{derived['commit']}` of Blockwise SFT" if derived["commit"] else "commit unknown",

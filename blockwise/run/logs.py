@@ -24,11 +24,11 @@ FILES = ("train_loss.csv", "metrics.csv", SAMPLES, "bad_steps.jsonl")
 
 
 class Logs:
-    """The log files in a run's folder. validated: whether the run has a validation loss."""
+    """The log files in a run's folder. more: columns of metrics.csv behind METRICS, such as VAL_LOSS."""
 
-    def __init__(self, ranks: Ranks, folder: Path, validated: bool):
+    def __init__(self, ranks: Ranks, folder: Path, more: tuple[str, ...] = ()):
         self.ranks, self.folder, self.tracker = ranks, folder, None
-        self.columns = (*METRICS, VAL_LOSS) if validated else METRICS
+        self.columns = (*METRICS, *more)
 
     def start(self, point: Path | None) -> None:
         """Brings the files to where they were at a resume point; without one, begins them."""
@@ -59,17 +59,22 @@ class Logs:
         with files.writing(self.folder / name):
             files.append(self.folder / name, text)
 
-    def add_step(self, step: int, lr: float, result, tokens_per_second: float, complete: bool) -> None:
+    def add_step(
+        self, step: int, lr: float, result, tokens_per_second: float, complete: bool, more: dict[str, float]
+    ) -> None:
         """Adds the lines of a step, result being its trainer.Step; all ranks call this.
 
-        complete: no validation loss of the step is to follow.
+        complete: no validation loss of the step is to follow. more: the numbers of the columns behind METRICS.
         """
-        self.ranks.on_first_rank(lambda: self.write_step(step, lr, result, tokens_per_second, complete))
+        self.ranks.on_first_rank(lambda: self.write_step(step, lr, result, tokens_per_second, complete, more))
 
-    def write_step(self, step: int, lr: float, result, tokens_per_second: float, complete: bool) -> None:
+    def write_step(
+        self, step: int, lr: float, result, tokens_per_second: float, complete: bool, more: dict[str, float]
+    ) -> None:
         short = [step, text_of(result.loss)]
         rest = [f"{lr:.6e}", f"{result.grad_norm:.6f}", result.supervised, f"{tokens_per_second:.1f}"]
         row = short + rest + [f"{peak_memory_gb():.3f}"]
+        row += [f"{more[name]:.6f}" for name in self.columns[len(METRICS) :] if name in more]
         self.add("train_loss.csv", short)
         self.add("metrics.csv", row + [""] * (len(self.columns) - len(row)))
         if complete:
@@ -108,8 +113,9 @@ class Logs:
         if self.tracker:
             self.tracker.close()
 
-    def losses(self) -> list[float]:
-        return [float(row["loss"]) for row in self.rows("train_loss.csv")]
+    def column(self, name: str) -> list[float]:
+        """One of the columns of METRICS, or of those behind them, over all steps."""
+        return [float(row[name]) for row in self.rows("metrics.csv")]
 
     def rows(self, name: str) -> list[dict[str, str]]:
         with open(self.folder / name, newline="") as file:

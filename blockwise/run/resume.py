@@ -2,8 +2,8 @@
 
 {CKPT_DIR}_logs/resume_step0040/ holds, from each rank, its share of the fp32 weights that are trained and of AdamW's
 moments (rank0.safetensors, ...), the logs as they were, and manifest.json: the scheduler, and the size and sha256 of
-each file. Random numbers are not in it, as those of a step come from (SEED, step). A point has its name only once it is
-whole.
+each file. Of a training on the model's own answers, rollouts.safetensors has those of the round. Random numbers are not
+in it, as those of a step come from (SEED, step). A point has its name only once it is whole.
 """
 
 import shutil
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from safetensors.torch import save as tensor_bytes
 
 from blockwise.cli import InputError
 from blockwise.run import files, logs
@@ -20,6 +21,7 @@ from blockwise.run.ranks import Ranks, print0
 from blockwise.run.run_folder import RESUME_POINT, RunFolder, step_of
 from blockwise.run.tensors import content_of
 
+ROLLOUTS = "rollouts.safetensors"
 KEPT = 2  # resume points: the newest, and the one before in case that one is damaged
 
 
@@ -37,14 +39,27 @@ def with_resume_hint(folder: RunFolder):
 # ---------------------------------------------------------------- saving
 
 
-def save(engine, ranks: Ranks, folder: RunFolder, log: Logs, step: int, bad_steps: int) -> None:
-    """Writes the resume point after a step, then removes all older ones but one. Raises InputError on all ranks."""
+def save(
+    engine, ranks: Ranks, folder: RunFolder, log: Logs, step: int, bad_steps: int,
+    rollouts: dict[str, torch.Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Writes the resume point after a step, then removes all older ones but one. Raises InputError on all ranks.
+
+    rollouts: the state of Rollouts, the same on all ranks. A point that exists is left as it is: a signal may come
+    behind it, but before the next step.
+    """
 
     def write_files(unfinished):
         written = {file_of(ranks): files.write(unfinished / file_of(ranks), content_of(state(engine)))}
-        return written | (log.copy(unfinished) if ranks.rank == 0 else {})
+        if ranks.rank:
+            return written
+        if rollouts:
+            written[ROLLOUTS] = files.write(unfinished / ROLLOUTS, [tensor_bytes(rollouts)])
+        return written | log.copy(unfinished)
 
     point = folder.path / f"{RESUME_POINT}{step:04d}"
+    if ranks.on_first_rank(point.exists):
+        return
     content = {"step": step, "bad_steps": bad_steps, "scheduler": engine.lr_scheduler.state_dict()}
     files.publish(ranks, point.with_name(f"{point.name}.unfinished"), point, write_files, content)
     ranks.on_first_rank(lambda: remove(folder.resume_points()[KEPT:]))
@@ -76,10 +91,11 @@ def remove(points: list[Path]) -> None:
 # ---------------------------------------------------------------- loading
 
 
-def load(engine, ranks: Ranks, folder: RunFolder, log: Logs) -> tuple[int, int]:
-    """Brings engine and logs to the newest undamaged resume point. Returns its step and its bad steps in a row.
+def load(engine, ranks: Ranks, folder: RunFolder, log: Logs) -> tuple[int, int, dict[str, torch.Tensor]]:
+    """Brings engine and logs to the newest undamaged resume point.
 
-    Raises InputError on all ranks if all resume points are damaged.
+    Returns its step, its bad steps in a row, and its rollouts, empty for a training without. Raises InputError on all
+    ranks if all resume points are damaged.
     """
     points = ranks.on_first_rank(folder.resume_points)
     for i, point in enumerate(points):
@@ -90,7 +106,8 @@ def load(engine, ranks: Ranks, folder: RunFolder, log: Logs) -> tuple[int, int]:
             ranks.on_first_rank(lambda point=point: log.start(point))
             ranks.on_first_rank(lambda i=i: remove(points[:i]))
             print0(ranks, "resume", f"{folder.path} resumes after step {content['step']}")
-            return content["step"], content["bad_steps"]
+            rollouts = load_file(point / ROLLOUTS) if ROLLOUTS in content["files"] else {}
+            return content["step"], content["bad_steps"], rollouts
         instead = " The one before is used." if i + 1 < len(points) else ""
         print0(ranks, "warning", f"{point} is damaged: {problems[0]}.{instead}")
     raise InputError(f"no resume point of {folder.path} is undamaged; start a new run without --RESUME=True.")
@@ -103,7 +120,8 @@ def problem(point: Path, ranks: Ranks, engine) -> str | None:
         if manifest["step"] != step_of(point):
             raise ValueError(f"its manifest is that of step {manifest['step']}")
         log_files = [name for name in logs.FILES if name in manifest["files"]] if ranks.rank == 0 else []
-        for name in [file_of(ranks), *log_files]:
+        shared = [name for name in (ROLLOUTS,) if name in manifest["files"]]
+        for name in [file_of(ranks), *shared, *log_files]:
             files.check(point, name, manifest)
         with open(point / file_of(ranks), "rb") as file:
             sizes = {

@@ -147,3 +147,22 @@ def test_it_decodes(trained):
 def test_kinds_of_which_4_bits_are_refused(config):
     with pytest.raises(InputError, match=f"BASE_4BIT=True: {config.model_type} models hold their weights in a form"):
         models.check_four_bit(config)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "LLaDA-MoE"], indirect=True)
+def test_it_learns_from_its_own_answers(kind, fork, dataset_folder, tmp_path):
+    """A model with learned positions, and one with experts: in the first update nothing has changed, so KL is 0."""
+    knobs = {
+        "MODEL_NAME": kind.base, "DATA": dataset_folder / "train.jsonl", "MASK_ID": kind.config.mask_token_id,
+        "TARGET_MODS": models.linear_names(kind.config), "LORA_RANK": 4, "BF16": False, "MAX_LEN": 192, "LR": 1e-2,
+        "REWARD": "vowels", "GROUP": 2, "PROMPTS": 2, "MICRO_BSIZE": 4, "ROUNDS": 1, "UPDATES": 2, "GEN_LENGTH": 8,
+        "BLOCK_SIZE": 4, "STEPS": 2, "BETA": 0.1, "CKPT_DIR": "out/run",
+    }  # fmt: skip
+    done = fork(
+        tmp_path / "run", 1, "tests/faults/train_vowels.py", *(f"--{name}={value}" for name, value in knobs.items())
+    )
+    assert done.codes == [0], done.output
+    lines = (tmp_path / "run/out/run_logs/metrics.csv").read_text().splitlines()
+    first, second = (dict(zip(lines[0].split(","), line.split(","))) for line in lines[1:])
+    assert float(first["varied_groups"]) > 0 and float(first["grad_norm"]) > 0
+    assert float(first["kl"]) == 0 < float(second["kl"])
