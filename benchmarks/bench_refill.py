@@ -19,7 +19,7 @@ from blockwise.decoding.settings import Settings
 from blockwise.run.ranks import Ranks
 
 
-def main():
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=500)
     parser.add_argument("--batch_size", type=int, default=16)
@@ -29,7 +29,11 @@ def main():
     common.add_model_flags(parser, d_model=64, n_layers=3)
     parser.set_defaults(vocab_size=640)
     parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
     device = Ranks.from_environment().device
     model = common.random_model(args, device).eval()
     with torch.no_grad():

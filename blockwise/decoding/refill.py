@@ -1,6 +1,6 @@
 """Answers to many prompts with a batch that stays full: when an answer has ended, the next prompt takes its row.
 
-Each row is in a block of its own, and goes on to the next one when that is written. A pass sees the whole canvas, so
+Each row is in a block of its own, and begins the next one when that is written. A pass sees the whole canvas, so
 blocks in different columns are no matter.
 
 Letters in shapes are those of decode.py: R rows, L columns of the canvas, G gen_length, K block_length.
