@@ -3,10 +3,12 @@
     python -m benchmarks.bench_growth --steps
     python -m benchmarks.bench_growth --data --rows 1000 10000 100000
     python -m benchmarks.bench_growth --text --tokens 10000 1000000
+    python -m benchmarks.bench_growth --against FOLDER
 
 Steps are those of bench_train.py ('ours'), each size in a process of its own. The data are the demo's additions; the
 start of a run is the time from the launcher's command to the first line of train_loss.csv, with the demo's model on two
-ranks. With --text it is that of train_fullseq.py on packed texts, here of random ids, and its memory.
+ranks. With --text it is that of train_fullseq.py on packed texts, here of random ids, and its memory; with --against,
+that of another version of this repository, in turn with this one.
 Prints tables and a JSON line.
 """
 
@@ -66,15 +68,15 @@ def timed(command, folder, until=None):
     return seen["until" if until else "end"]
 
 
-def start_command(rows_file, script="train_blockwise.py"):
-    """A training with the demo's model, one step."""
+def start_command(rows_file, script="train_blockwise.py", root=ROOT):
+    """A training with the demo's model, one step, by the scripts in `root`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     knobs = {"MODEL_NAME": ROOT / "demo/base", "DATA_PT": rows_file, "MASK_ID": 4, "MAX_LEN": 64, "MAX_SAMPLES": 0}
     knobs |= {"BF16": torch.cuda.is_available(), "LORA_RANK": 16, "TOTAL_TRAIN_STEPS": 1}
     launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", RANKS, "--master_port", port]
-    return [*launcher, ROOT / script, "--CKPT_DIR=run/c", *(f"--{k}={v}" for k, v in knobs.items())]
+    return [*launcher, root / script, "--CKPT_DIR=run/c", *(f"--{k}={v}" for k, v in knobs.items())]
 
 
 def grow_data(args):
@@ -98,6 +100,29 @@ def grow_data(args):
     print("     rows   pt.py in s   file in MB   s until the first step (min - max)")
     for row in results:
         print(f"{row['rows']:>9,} {row['pt_seconds']:12.1f} {row['mb']:12,.1f} {spread(row['start_seconds'], 1)}")
+    return results
+
+
+def compare_starts(args):
+    """Seconds until a run's first step, and until its end, of this version and another one, in turn."""
+    versions, results = {"here": ROOT, "there": Path(args.against).absolute()}, {"here": [], "there": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder, log = Path(name), Path(name, "run/c_logs/train_loss.csv")
+        timed([sys.executable, "-m", "experiments.make_data", "--output", folder / "data", "--rows", 1000], folder)
+        prepare = [sys.executable, ROOT / "pt.py", "--model", ROOT / "demo/base", "--dataset", folder / "data"]
+        timed([*prepare, "--output", folder / "rows.pt", "--max_samples", 0], folder)
+        first_step = {"first step": lambda: log.exists() and log.read_text().count("\n") > 1}
+        for _ in progress(range(args.repeats), desc="repeats"):
+            for version, root in versions.items():
+                shutil.rmtree(folder / "run", ignore_errors=True)
+                results[version].append(
+                    common.watched(start_command(folder / "rows.pt", root=root), folder, first_step)
+                )
+    for event in ("first step", "end"):
+        seconds = {version: [seen[event] for seen in some] for version, some in results.items()}
+        ratio, low, high = common.ratios(seconds["there"], seconds["here"])
+        texts = [f"{version} {spread(some, 1).strip()} s" for version, some in seconds.items()]
+        print(f"{event}: {', '.join(texts)}; {ratio:.2f} ({low:.2f} - {high:.2f}) times as fast")
     return results
 
 
@@ -130,6 +155,7 @@ def main():
     parser.add_argument("--steps", action="store_true", help="the training step")
     parser.add_argument("--data", action="store_true", help="pt.py and the start of a run")
     parser.add_argument("--text", action="store_true", help="the start of a run on packed texts")
+    parser.add_argument("--against", help="folder of another version of this repository")
     parser.add_argument("--tokens", type=int, nargs="+", default=[10_000, 1_000_000, 100_000_000])
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--repeats", type=int, default=5)
@@ -139,6 +165,7 @@ def main():
     results = {"steps": grow_steps(args)} if args.steps else {}
     results |= {"data": grow_data(args)} if args.data else {}
     results |= {"text": grow_text(args)} if args.text else {}
+    results |= {"starts": compare_starts(args)} if args.against else {}
     common.print_json(args, **results)
 
 

@@ -18,6 +18,7 @@ from benchmarks import (
     bench_decode,
     bench_growth,
     bench_merge,
+    bench_refill,
     bench_train,
     common,
     report_decode,
@@ -188,6 +189,14 @@ def test_train_and_blocks(monkeypatch, capsys):
     assert all(row["low"] <= row["ratio"] <= row["high"] for row in found["gen_lengths"].values())
 
 
+def test_full_batches(monkeypatch, capsys):
+    size = [part for key in ("vocab_size", "d_model", "n_layers") for part in (f"--{key}", TINY[key])]
+    size += ["--problems", 12, "--batch_size", 3, "--gen_length", 16, "--block_length", 4, "--repeats", 1]
+    out, found = results(bench_refill, monkeypatch, capsys, *size)
+    assert found["same"] == 12 and "12 of 12 answers are the same" in out
+    assert len(set(found["lengths"])) > 2 and found["ratio"] > 0
+
+
 def test_decoders(monkeypatch, capsys, tmp_path, base, dataset_folder):
     """Every configuration, on two batches of a tiny model; the files are those that are read back."""
     flags = ("--data", dataset_folder / "train.jsonl", "--limit", 3, "--batch_size", 2, "--gen_length", 8)
@@ -261,6 +270,8 @@ def test_growth(monkeypatch, capsys):
     assert found["data"][0]["rows"] == 100 and 1 < found["data"][0]["start_seconds"][0] < 120
     _, found = results(bench_growth, monkeypatch, capsys, "--text", "--tokens", 10_000, "--repeats", 1)
     assert found["text"][0]["mb"] == pytest.approx(0.04, rel=0.05) and 0.1 < found["text"][0]["memory_gb"] < 8
+    _, found = results(bench_growth, monkeypatch, capsys, "--against", ROOT, "--repeats", 1)
+    assert all(1 < one["first step"] < one["end"] < 120 for some in found["starts"].values() for one in some)
 
 
 def test_scale(monkeypatch, capsys):
