@@ -26,7 +26,7 @@ RESULTS = runner.ROOT / "experiments/rl.csv"
 COLUMNS = ["setting", "lr", "seed", "round", "reward", "pass_at_1", "only_tuned", "only_base", "p"]
 COMMON = {"MODEL_NAME": runner.BASE, "MASK_ID": 4, "MAX_LEN": 64, "BF16": False, "LORA_RANK": 16, "LORA_DROPOUT": 0.0,
           "MICRO_BSIZE": 64, "BLOCK_SIZE": 4}  # fmt: skip
-ROUNDS, EVERY, PROMPTS, GROUP, UPDATES = 12, 6, 16, 8, 4  # EVERY: rounds between checkpoints
+ROUNDS, EVERY, PROMPTS, GROUP, UPDATES = 12, 6, 8, 16, 4  # EVERY: rounds between checkpoints
 ROLLOUTS = {"REWARD": "digits", "PROMPTS": PROMPTS, "GROUP": GROUP, "GEN_LENGTH": 16, "STEPS": 16, "UPDATES": UPDATES}
 OWN = "SFT on own right answers"
 SETTINGS = {
