@@ -36,7 +36,7 @@ SETTINGS = {
     "onestep, 15 % of the prompt masked": {"ESTIMATOR": "onestep", "P_MASK_PROMPT": 0.15},
     OWN: {"WARMUP_RATIO": 0.0, "LR_SCHEDULE": "constant"},
 }
-LRS = (3e-4, 1e-3)
+LRS = (1e-4, 3e-4, 1e-3)
 DECODING = ("--gen_length", 16, "--block_length", 4, "--steps", 16, "--batch_size", 50)
 
 
