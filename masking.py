@@ -12,7 +12,7 @@ That is what block-by-block decoding sees: a finished prefix, one block in progr
 Full-sequence SFT, the baseline, is the same with a single block as long as the answer.
 
 Letters in shapes: G samples of a global batch (B: of any batch), L positions, V vocabulary, n supervised positions.
-Everything runs on the device of its input; all randomness comes from the generator that is passed in.
+Everything runs on its input's device; all randomness comes from the generator passed in.
 """
 
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 @dataclass
 class Batch:
-    """The samples of a global batch, which the `noise` of a trainer turns into a Noised."""
+    """Samples of a global batch, which a trainer's `noise` turns into a Noised."""
 
     input_ids: Tensor  # (G, L) int64, padded on the right
     prompt_len: Tensor  # (G,) where the answer starts
@@ -48,9 +48,7 @@ class Noised:
     def __post_init__(self):
         shapes = {tensor.shape for tensor in (self.input_ids, self.supervised, self.targets, self.weights)}
         if len(shapes) > 1 or self.supervised.dtype != torch.bool:
-            raise ValueError(
-                f"tensors of one shape are needed, and supervised as bool: {shapes}, {self.supervised.dtype}"
-            )
+            raise ValueError(f"one shape is needed, and supervised as bool: {shapes}, {self.supervised.dtype}")
 
     def rows(self, some: slice) -> "Noised":
         """Some samples, such as a micro-batch."""
@@ -71,7 +69,7 @@ def regions(
     """Splits each answer, the positions [prompt_len, length), around its active block.
 
     prompt_len, length, block: (B,) integers; the active block starts at prompt_len + block * block_size.
-    Returns prefix, active, suffix: three disjoint (B, L) bool masks that together cover the answer and nothing else.
+    Returns prefix, active, suffix: disjoint (B, L) bool masks that together are the answer.
     """
     pos = torch.arange(max_len, device=prompt_len.device)  # (L,)
     start = (prompt_len + block * block_size)[:, None]  # (B, 1)
@@ -84,7 +82,7 @@ def blockwise_masks(
     prompt_len: Tensor, length: Tensor, block: Tensor, max_len: int, *, block_size: int, mask_prob_eps: float,
     prefix_mask_rate: float, suffix_mask_prob: float, generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Draws which tokens are masked, and which of those are supervised: the masked ones of the active block.
+    """Draws which tokens are masked, and which of those supervised: those of the active block.
 
     Per sample one mask ratio p ~ U(mask_prob_eps, 1). A token of the active block is masked with probability p, one of
     the prefix with prefix_mask_rate, one of the suffix with suffix_mask_prob, others never.
@@ -112,7 +110,7 @@ def full_sequence_masks(
 
 
 def sample_mean_weights(supervised: Tensor) -> Tensor:
-    """A sum with these weights is the mean over samples of the mean over a sample's supervised tokens.
+    """A sum with these weights is the mean over samples of the mean over their supervised tokens.
 
     Samples without a supervised token do not count. (B, L) bool -> (B, L) float.
     """
@@ -128,7 +126,7 @@ def bound_weights(
 
     Theorem 3.3: one block and one p stand for all of them with the weight number of blocks x 1/p. With one block as
     long as the answer it is the loss of LLaDA (2502.09992, eq. 5). Samples without a supervised token do count.
-    The bound is the mean over samples of each one's bound per token; per_token: the mean over all tokens of the batch.
+    It is the mean over samples of each one's bound per token; per_token: over all tokens of the batch.
     supervised: (B, L) bool, p: (B, 1) or (B, L), blocks: (B,) or 1; answer_len: (B,) -> (B, L) float.
     """
     tokens = answer_len.sum() if per_token else answer_len * len(supervised)  # () or (B,)
@@ -271,6 +269,11 @@ def two_stream_attention(block: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- trainings of whole answers and texts
+
+
+def to_width(batch: Batch, *drawn: Tensor) -> list[Tensor]:
+    """Masks (G, MAX_LEN) as the batch is padded, (G, L): they are drawn up to MAX_LEN whatever PAD_TO is."""
+    return [tensor[:, : batch.input_ids.shape[1]] for tensor in drawn]
 
 
 def token_mean_weights(supervised: Tensor) -> Tensor:

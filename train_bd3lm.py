@@ -55,6 +55,8 @@ def noise(batch, generator, knobs):
         batch.prompt_len, length, block, low=knobs.MASK_LOW, high=knobs.MASK_HIGH,
         per_block=knobs.MASK_RATIO == "block", generator=generator,
     )  # fmt: skip
+    masked, p, block = masking.to_width(batch, masked, p, block)
+    length = length.clamp(max=masked.shape[1])  # with EOS_TAIL, a last block that is filled up may reach further
     weights = masking.loss_weights(
         masked, p, length - batch.prompt_len, bound=knobs.BOUND_WEIGHTS, per_token=knobs.LOSS_MEAN == "token"
     )

@@ -2,8 +2,8 @@
 
     deepspeed --num_gpus 8 train_fullseq.py [--NAME=value ...]
 
-The constants below are the knobs; edit them here or override them on the command line. masking.py has the method;
-what both trainers have in common is in blockwise/trainer.py.
+The constants below are the knobs; edit them here or override them on the command line. The method is in masking.py,
+what trainers share in blockwise/trainer.py.
 """
 
 import sys
@@ -15,7 +15,7 @@ from blockwise.knobs import at_least, between, one_of, optional, override
 MODEL_NAME = "GSAI-ML/LLaDA-8B-Instruct"  # hub id or local folder
 DATA_PT = "MathQA_256.pt"  # written by pt.py with the tokenizer of MODEL_NAME
 VAL_PT: optional() = ""  # like DATA_PT, for a validation loss; "" = none
-CKPT_DIR = "ckpts_fullseq_sft"  # start of the names of the checkpoint and log folders
+CKPT_DIR = "ckpts_fullseq_sft"  # start of the names of checkpoint and log folders
 MASK_ID: at_least(0) = 126336  # LLaDA's <|mdm_mask|>; compared with the base's config
 MAX_LEN: at_least(2) = 256  # tokens; samples are padded to this, longer ones refused
 MAX_SAMPLES: at_least(0) = 200 * 32  # the first N samples of DATA_PT; 0 = all
@@ -37,9 +37,9 @@ TARGET_MODS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 LR: between(1e-12, 1.0) = 1e-5  # AdamW, betas (0.9, 0.95)
 WEIGHT_DECAY: between(0.0, 1.0) = 0.0
 WARMUP_TYPE: one_of("linear", "log") = "linear"  # log: DeepSpeed's WarmupCosineLR, as in the reference
-WARMUP_RATIO: between(0.0, 1.0) = 0.1  # share of the steps with warm-up; then LR_SCHEDULE
+WARMUP_RATIO: between(0.0, 1.0) = 0.1  # share of steps with warm-up; then LR_SCHEDULE
 LR_SCHEDULE: one_of("cosine", "constant", "wsd") = "cosine"  # wsd: constant, then linear over the last DECAY_RATIO
-DECAY_RATIO: between(0.0, 1.0) = 0.1  # share of the steps with the linear decay of wsd
+DECAY_RATIO: between(0.0, 1.0) = 0.1  # share of the steps in which wsd decays
 MIN_LR_RATIO: between(0.0, 1.0) = 0.01  # share of LR left in the last step; LR_SCHEDULE constant ignores it
 MAX_GRAD_NORM: at_least(1e-12) = 1.0  # larger gradients are scaled down
 MICRO_BSIZE: at_least(1) = 32  # per rank and forward pass; out of memory: halve this, double GRAD_ACC
@@ -59,6 +59,8 @@ RESUME_EVERY: at_least(0) = 0  # steps between resume points; 0 = only at checkp
 MAX_BAD_STEPS: at_least(1) = 3  # the run stops after N non-finite losses or gradients in a row
 
 # ---------------------------------------------------------------- speed and memory
+PAD_TO: one_of("max_len", "longest") = "max_len"  # longest: in the global batch; less padding is seen
+GROUP_BY_LENGTH = False  # True: like lengths in one global batch
 BF16 = True  # False = fp32, for CPUs
 BASE_4BIT = False  # True: the base in 4 bits; needs bitsandbytes
 GRADIENT_CHECKPOINTING = False  # True: far less memory for one more forward pass
@@ -83,6 +85,7 @@ def noise(batch, generator, knobs):
     masked, supervised, p = masking.full_sequence_masks(
         batch.prompt_len, length, knobs.MAX_LEN, mask_prob_eps=knobs.MASK_PROB_EPS, generator=generator
     )
+    masked, supervised = masking.to_width(batch, masked, supervised)
     weights = masking.loss_weights(
         supervised, p, length - batch.prompt_len, bound=knobs.BOUND_WEIGHTS, per_token=knobs.LOSS_MEAN == "token"
     )

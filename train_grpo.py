@@ -16,7 +16,7 @@ from train_fullseq import *  # noqa: F403
 
 # the samples are the model's own answers: no file of pt.py, and masks of other kinds
 del DATA_PT, VAL_PT, VAL_EVERY, EPOCHS, TOTAL_TRAIN_STEPS, GRAD_ACC  # noqa: F821
-del MASK_PROB_EPS, EOS_TAIL, BOUND_WEIGHTS, LOSS_MEAN, RANDOM_LENGTH  # noqa: F821
+del MASK_PROB_EPS, EOS_TAIL, BOUND_WEIGHTS, LOSS_MEAN, RANDOM_LENGTH, PAD_TO, GROUP_BY_LENGTH  # noqa: F821
 
 CKPT_DIR = "ckpts_grpo"  # start of the names of the checkpoint and log folders
 MAX_LEN = 512  # tokens of a prompt and GEN_LENGTH; longer prompts are refused

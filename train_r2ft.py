@@ -17,8 +17,8 @@ from blockwise.cli import run_script
 from blockwise.knobs import at_least, one_of, override
 from train_fullseq import *  # noqa: F403
 
-# those of the masks of SFT: here, all behind the cut is masked
-del MASK_PROB_EPS, BOUND_WEIGHTS, LOSS_MEAN, RANDOM_LENGTH  # noqa: F821
+# those of the masks of SFT and of padding: here, all behind the cut is masked, up to MAX_LEN
+del MASK_PROB_EPS, BOUND_WEIGHTS, LOSS_MEAN, RANDOM_LENGTH, PAD_TO, GROUP_BY_LENGTH  # noqa: F821
 
 CKPT_DIR = "ckpts_r2ft"  # start of the names of the checkpoint and log folders
 

@@ -181,7 +181,7 @@ def make_run(script, model, knobs: SimpleNamespace, ranks: Ranks, steps: int, no
     model = engines.prepare_model(model, "random weights", knobs, ranks)
     adapted = copy.deepcopy(model).cpu() if noise else None  # before the first step
     return SimpleNamespace(
-        knobs=knobs, ranks=ranks, samples=samples.to(ranks.device), noise=noise or script.noise,
+        knobs=knobs, ranks=ranks, samples=samples.to(ranks.device), noise=noise or script.noise, rollouts=None,
         plan=data.schedule(blocks, 1, knobs.SEED).to(ranks.device), loss=masking.weighted_nll,
         engine=engines.start_engine(model, knobs, steps), adapted=adapted,
     )  # fmt: skip

@@ -244,10 +244,7 @@ def data_of(
     samples = make_samples(samples, knobs, config)
     previews = Previews(base, config, samples, knobs) if knobs.SAMPLE_EVERY else None
     val = None if val is None else Validation(val, knobs, config, noise, loss, blocks)
-    answer_len = samples.length - samples.prompt_len  # (N,)
-    plan = schedule(
-        blocks(answer_len) if blocks else torch.full_like(answer_len, knobs.EPOCHS), knobs.EPOCHS, knobs.SEED
-    )  # (P, 2)
+    plan = make_plan(knobs, ranks, samples, blocks)
     steps = plan_steps(knobs, ranks, samples, plan)
     return Data(steps, prompt_format, previews, samples.to(ranks.device), plan.to(ranks.device), val)
 
@@ -452,6 +449,29 @@ def every(number: int, step: int, steps: int) -> bool:
     return step == steps or (number > 0 and step % number == 0)
 
 
+def make_plan(knobs: SimpleNamespace, ranks: Ranks, samples: Samples, blocks: Callable | None) -> Tensor:
+    """The order in which samples and blocks are trained, (P, 2); see data.schedule. Raises InputError."""
+    grouped = getattr(knobs, "GROUP_BY_LENGTH", False)  # like PAD_TO, no knob of objectives without padding
+    if grouped and samples.end is None:
+        raise InputError("GROUP_BY_LENGTH=True saves nothing while samples are padded to MAX_LEN: set PAD_TO=longest.")
+    if blocks and knobs.EOS_TAIL and samples.end is not None:
+        what = "EOS_TAIL=True gives answers blocks up to MAX_LEN, of which PAD_TO=longest would cut some off"
+        raise InputError(f"{what}; leave one of the two at its default.")
+    answer_len = samples.length - samples.prompt_len  # (N,)
+    number = blocks(answer_len) if blocks else torch.full_like(answer_len, knobs.EPOCHS)
+    size = global_batch_size(knobs, ranks)
+    return schedule(number, knobs.EPOCHS, knobs.SEED, samples.end if grouped else None, size)
+
+
+def tokens_per_step(knobs: SimpleNamespace, size: int, samples: Samples, plan: Tensor, steps: int) -> str:
+    """How many tokens go through the model in a step, and why."""
+    if samples.end is None:
+        return f"{size * knobs.MAX_LEN:,} = {size:,} samples x {knobs.MAX_LEN} MAX_LEN"
+    padded_to = samples.padded_to(plan[: steps * size, 0].view(steps, size))  # (steps,)
+    mean, low, high = size * padded_to.double().mean(), padded_to.min(), padded_to.max()
+    return f"{mean:,.0f} on average = {size:,} samples x {low} to {high} of {knobs.MAX_LEN} MAX_LEN (PAD_TO longest)"
+
+
 def plan_steps(knobs: SimpleNamespace, ranks: Ranks, samples: Samples, plan: Tensor) -> int:
     """The number of optimizer steps. Prints on rank 0 how it and the other sizes come about. Raises InputError."""
     size, n, draws = global_batch_size(knobs, ranks), len(samples.length), len(plan)
@@ -474,7 +494,7 @@ def plan_steps(knobs: SimpleNamespace, ranks: Ranks, samples: Samples, plan: Ten
         ("passes", f"{draws:,} = {n:,} samples x {knobs.EPOCHS} EPOCHS - {used_up:,} with no block left"),
         ("global batch", factors),
         ("steps", f"{steps:,} " + ("= TOTAL_TRAIN_STEPS" if knobs.TOTAL_TRAIN_STEPS else f"= {draws:,} // {size:,}")),
-        ("tokens/step", f"{size * knobs.MAX_LEN:,} = {size:,} samples x {knobs.MAX_LEN} MAX_LEN"),
+        ("tokens/step", tokens_per_step(knobs, size, samples, plan, steps)),
     ):
         print0(ranks, what, text)
     return steps

@@ -31,6 +31,7 @@ def noise(batch, generator, knobs):
     masked, supervised, _ = masking.full_sequence_masks(
         start, batch.length, knobs.MAX_LEN, mask_prob_eps=knobs.MASK_PROB_EPS, generator=generator
     )
+    masked, supervised = masking.to_width(batch, masked, supervised)
     weights = masking.sample_mean_weights(supervised)
     return masking.Noised(batch.input_ids.masked_fill(masked, knobs.MASK_ID), supervised, batch.input_ids, weights)
 

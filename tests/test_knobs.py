@@ -36,7 +36,7 @@ RANGES = {
 CHOICES = {
     "WARMUP_TYPE": ("linear", "log"), "SAVE_DTYPE": ("bfloat16", "float16", "float32"),
     "LR_SCHEDULE": ("cosine", "constant", "wsd"), "LOSS_MEAN": ("sample", "token"),
-    "TRACKER": ("", "tensorboard", "trackio", "wandb"),
+    "TRACKER": ("", "tensorboard", "trackio", "wandb"), "PAD_TO": ("max_len", "longest"),
 }  # fmt: skip
 OPTIONAL = {"VAL_PT"}  # texts that may be empty
 
@@ -296,7 +296,7 @@ def test_defaults_are_the_published_ones():
         "MICRO_BSIZE": 32, "GRAD_ACC": 1, "EPOCHS": 1, "TOTAL_TRAIN_STEPS": 0, "SAVE_EVERY": 0,
         "SAVE_DTYPE": "bfloat16", "SAMPLE_EVERY": 0, "RESUME": False, "RESUME_EVERY": 0, "MAX_BAD_STEPS": 3, "SEED": 42,
         "BF16": True, "GRADIENT_CHECKPOINTING": False, "COMPILE": False, "LR_SCHEDULE": "cosine", "DECAY_RATIO": 0.1,
-        "VAL_PT": "", "VAL_EVERY": 0, "TRACKER": "", "BASE_4BIT": False,
+        "VAL_PT": "", "VAL_EVERY": 0, "TRACKER": "", "BASE_4BIT": False, "PAD_TO": "max_len", "GROUP_BY_LENGTH": False,
     }  # fmt: skip
     assert train_fullseq.CKPT_DIR == "ckpts_fullseq_sft"
     assert train_fullseq.LOSS_MEAN == "sample" and train_fullseq.RANDOM_LENGTH == 0.0

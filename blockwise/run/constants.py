@@ -13,7 +13,8 @@ from blockwise.run.ranks import Ranks, print0
 from blockwise.run.run_folder import CONSTANTS, RunFolder
 
 MAY_CHANGE_ON_RESUME = {"RESUME", "RESUME_EVERY", "MAX_BAD_STEPS", "SAVE_DTYPE", "TRACKER"}  # no number depends on them
-NEWER = {"VAL_PT": "", "VAL_EVERY": 0, "BASE_4BIT": False}  # knobs that earlier versions lack, and what these did
+# knobs that earlier versions lack, and what these did
+NEWER = {"VAL_PT": "", "VAL_EVERY": 0, "BASE_4BIT": False, "PAD_TO": "max_len", "GROUP_BY_LENGTH": False}
 CONTENT = {"val_data": "VAL_PT", "model": "MODEL_NAME"}  # the digest of what a knob names; "data": see data_file
 VERSIONS = ("torch", "transformers", "deepspeed", "peft")
 WARNED_OF = {"commit", *VERSIONS}  # which may be others when a run is resumed
