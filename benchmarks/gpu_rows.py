@@ -121,7 +121,7 @@ def check_losses(script: str, steps: int = 6, **knobs) -> Iterator[dict]:
     noised = []  # the noise of each step, on the CPU
 
     def noise(batch, generator, knobs):
-        batch = masking.Batch(**{one.name: getattr(batch, one.name).cpu() for one in fields(batch)})
+        batch = masking.Batch(*(part.cpu() for part in (batch.input_ids, batch.prompt_len, batch.length, batch.block)))
         noised.append(script.noise(batch, torch.Generator().manual_seed(generator.initial_seed()), knobs))
         return moved(noised[-1], ranks.device)
 

@@ -111,7 +111,7 @@ def test_the_step_that_is_measured_is_that_of_the_trainers(monkeypatch):
         engine=Engine(made.model), ranks=Ranks(0, 1, 0, 1, CPU), noise=noise, loss=masking.weighted_nll,
         knobs=argparse.Namespace(MICRO_BSIZE=3, GRAD_ACC=1, SEED=0, MASK_ID=bench_train.MASK),
         samples=Samples(ids, prompt_len, length, torch.arange(len(ids)), 0),
-        plan=torch.stack([torch.arange(3), block[:3]], 1),
+        plan=torch.stack([torch.arange(3), block[:3]], 1), rollouts=None,
     )  # fmt: skip
     with monkeypatch.context() as patch:  # there is no other rank
         patch.setattr(trainers, "gather_losses", lambda losses, stop: (torch.stack(losses)[None], stop))
