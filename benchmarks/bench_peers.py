@@ -5,8 +5,9 @@
 "reference" is Bowen-Sun-0728/Blockwise-SFT: a Dataset that masks lists token by token, a DataLoader, logits and
 cross-entropy at all MAX_LEN positions. "dLLM" is the MDLM step of ZHZisZZ/dllm's SFT of LLaDA: transformers' collator,
 which pads to the longest sample of a batch with tokens that are trained, logits and cross-entropy at all positions,
-weighted 1/p. Each is compared with the trainer here that has the same objective: train_blockwise.py with its defaults,
-and train_fullseq.py with EOS_TAIL, BOUND_WEIGHTS, LOSS_MEAN token and PAD_TO longest. All have the same samples, model,
+weighted 1/p. Its cross-entropy is over logits of (B, V, L), which is slow on CPUs; "dLLM, by rows" is the same but for
+(B L, V). Each is compared with the trainer here that has the same objective: train_blockwise.py with its defaults, and
+train_fullseq.py with EOS_TAIL, BOUND_WEIGHTS, LOSS_MEAN token and PAD_TO longest. All have the same samples, model,
 adapters, AdamW and clipping, fp32 on the CPU, and neither dropout nor DeepSpeed.
 
 Every measurement is a process of its own, for its memory, and they run in turn. Prints CPU seconds per step, ratios
@@ -19,6 +20,7 @@ import math
 import random
 import statistics
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -125,13 +127,19 @@ def dllm_loader(data, args):
     return DataLoader(rows, args.batch, shuffle=True, collate_fn=collate)
 
 
-def dllm_loss(model, batch):
-    """The sum over masked tokens of nll / t, divided by the number of tokens that could have been masked."""
+def dllm_loss(model, batch, by_rows=False):
+    """The sum over masked tokens of nll / t, divided by the number of tokens that could have been masked.
+
+    by_rows: cross-entropy over logits of (B L, V) instead of (B, V, L).
+    """
     ids, asked = batch["input_ids"], batch["labels"] != -100  # (B, L)
     t = EPS + (1 - EPS) * torch.rand(len(ids))  # (B,)
     masked = (torch.rand(ids.shape) < t[:, None]) & asked
     logits = model(input_ids=torch.where(masked, MASK, ids)).logits  # (B, L, V)
-    nll = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")  # (B, L)
+    if by_rows:
+        nll = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)  # (B, L)
+    else:
+        nll = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")  # (B, L)
     return (nll * (1 / (t + 1e-6))[:, None] * masked / asked.sum().clamp(min=1)).sum()
 
 
@@ -165,11 +173,17 @@ def batches_and_loss(name, data, config, args):
     """What a step needs: its batches, and model and batch -> loss."""
     if name.startswith("here"):
         return our_batches(data, config, args, name.removeprefix("here, as ")), our_loss
-    loader, loss = {"reference": (reference_loader, reference_loss), "dLLM": (dllm_loader, dllm_loss)}[name]
+    loader, loss = {
+        "reference": (reference_loader, reference_loss),
+        "dLLM": (dllm_loader, dllm_loss),
+        "dLLM, by rows": (dllm_loader, partial(dllm_loss, by_rows=True)),
+    }[name]
     return iter(loader(data, args)), loss
 
 
-NAMES = ("reference", "here, as reference", "dLLM", "here, as dLLM")
+# and what each is compared with
+NAMES = {"reference": "here, as reference", "dLLM": "here, as dLLM", "dLLM, by rows": "here, as dLLM"}
+NAMES |= {name: name for name in NAMES.values()}
 
 
 def measure(args):
@@ -221,7 +235,7 @@ def main():
         seconds = {name: [statistics.median(run["seconds"]) for run in some] for name, some in runs.items()}
         mb = {name: statistics.median(run["mb"] for run in some) for name, some in runs.items()}
         for name in NAMES:
-            ours = name if name.startswith("here") else f"here, as {name}"
+            ours = NAMES[name]
             ratio, low, high = common.ratios(seconds[name], seconds[ours])
             line = (
                 f"{width:5}  {name:20} {statistics.median(seconds[name]):10.3f}   {ratio:6.2f} ({low:.2f} - {high:.2f})"

@@ -93,6 +93,8 @@ def test_dllm_has_the_loss_of_the_trainer_here(model, data, seed):
     nll = nlls(model, noised.input_ids, ids)
     wanted = sum((nll[i][noised.supervised[i]] / (t[i] + 1e-6)).sum() for i in range(4)) / int((64 - starts).sum())
     assert found == pytest.approx(wanted.item(), rel=1e-5) and found > 0.1
+    torch.manual_seed(seed)
+    assert bench_peers.dllm_loss(model, batch, by_rows=True).item() == pytest.approx(found, rel=1e-5)
     assert found == pytest.approx(ours, rel=1e-3)  # 1e-6 next to t, which is 1e-3 at least
 
 
