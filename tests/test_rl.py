@@ -19,8 +19,9 @@ def rows_of(setting, lr, seed, *pass_at_1):
 
 
 def test_the_last_round_of_seed_0_chooses_the_learning_rate():
-    low, high = rl.LRS
-    rows = [BASE, *rows_of("block", low, 0, 0.5, 0.3), *rows_of("block", high, 1, 0.9, 0.9)]
+    low, middle, high = rl.LRS
+    rows = [BASE, *rows_of("block", low, 0, 0.5, 0.3), *rows_of("block", middle, 0, 0.6, 0.3)]
+    rows += rows_of("block", high, 1, 0.9, 0.9)
     assert rl.chosen_lr("block", rows) is None
     assert ("block", high, 0) in rl.missing(2, rows) and ("block", low, 0) not in rl.missing(2, rows)
     assert not any(seed for _, _, seed in rl.missing(2, rows))
