@@ -88,9 +88,8 @@ def missing(seeds: int, rows: list[dict[str, str]]) -> list[tuple[str, float, in
     """The trainings (setting, learning rate, seed) that are not among the rows and whose learning rate is known."""
     done = {(row["setting"], row["lr"], row["seed"]) for row in rows}
     runs = [(setting, lr, 0) for setting in SETTINGS for lr in LRS]
-    for setting in SETTINGS:
-        if lr := chosen_lr(setting, rows):
-            runs += [(setting, lr, seed) for seed in range(1, seeds + 1)]
+    chosen = {setting: lr for setting in SETTINGS if (lr := chosen_lr(setting, rows))}
+    runs += [(setting, lr, seed) for seed in range(1, seeds + 1) for setting, lr in chosen.items()]
     return [run for run in runs if (run[0], f"{run[1]:g}", str(run[2])) not in done]
 
 
