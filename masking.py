@@ -82,7 +82,7 @@ def blockwise_masks(
     prompt_len: Tensor, length: Tensor, block: Tensor, max_len: int, *, block_size: int, mask_prob_eps: float,
     prefix_mask_rate: float, suffix_mask_prob: float, generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Draws which tokens are masked, and which of those supervised: those of the active block.
+    """Draws which tokens are masked, and which of those are supervised: those of the active block.
 
     Per sample one mask ratio p ~ U(mask_prob_eps, 1). A token of the active block is masked with probability p, one of
     the prefix with prefix_mask_rate, one of the suffix with suffix_mask_prob, others never.

@@ -59,8 +59,8 @@ RESUME_EVERY: at_least(0) = 0  # steps between resume points; 0 = only at checkp
 MAX_BAD_STEPS: at_least(1) = 3  # the run stops after N non-finite losses or gradients in a row
 
 # ---------------------------------------------------------------- speed and memory
-PAD_TO: one_of("max_len", "longest") = "max_len"  # longest: in the global batch; less padding is seen
-GROUP_BY_LENGTH = False  # True: like lengths in one global batch
+PAD_TO: one_of("max_len", "longest") = "max_len"  # longest: pad only to the global batch's longest sample
+GROUP_BY_LENGTH = False  # True: a global batch has samples of like length
 BF16 = True  # False = fp32, for CPUs
 BASE_4BIT = False  # True: the base in 4 bits; needs bitsandbytes
 GRADIENT_CHECKPOINTING = False  # True: far less memory for one more forward pass

@@ -96,12 +96,18 @@ def format_of(model: str, adapter: str | None, wrap: str | None, default: Prompt
     return found if wrap is None else replace(found, wrap=wrap)
 
 
+def text_of(row: dict, names: tuple[str, ...]) -> str | None:
+    """What a row has under the first of the names that is there; None if that is no text, or an empty one."""
+    text = next((row[name] for name in names if name in row), None)
+    return text if isinstance(text, str) and text.strip() else None
+
+
 def question_and_answer(where: str, row: dict) -> tuple[str, str]:
     """The texts of a problem, which may have several names. where: for the message. Raises InputError."""
-    texts = [next((row[name] for name in names if name in row), None) for names in (QUESTION, ANSWER)]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
+    question, answer = text_of(row, QUESTION), text_of(row, ANSWER)
+    if question is None or answer is None:
         raise InputError(f"{where} needs a text as {' or '.join(QUESTION)}, and one as {' or '.join(ANSWER)}.")
-    return texts[0], texts[1]
+    return question, answer
 
 
 def render(tokenizer, chats: list, with_header: bool, options: dict | None = None) -> list[str] | str:

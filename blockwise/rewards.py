@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from blockwise import sandbox, scoring
 from blockwise.cli import InputError
-from blockwise.prompts import ANSWER, QUESTION
+from blockwise.prompts import ANSWER, QUESTION, text_of
 
 SOFT = re.compile(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", re.DOTALL)
 STRICT = re.compile(r"<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n$", re.DOTALL)
@@ -41,8 +41,8 @@ def first_of(row: dict, names: tuple[str, ...], where: str) -> str:
 
     where: the file and line of the row, for the message.
     """
-    text = next((row[name] for name in names if name in row), None)
-    if not isinstance(text, str) or not text.strip():
+    text = text_of(row, names)
+    if text is None:
         raise InputError(f"{where} needs a text as {' or '.join(names)}.")
     return text
 

@@ -9,14 +9,12 @@ chosen on seed 0, which is not reported. What is in the CSV is not run again.
 """
 
 import argparse
-import os
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import fmean, stdev
 
 from blockwise.cli import InputError, progress, run_script
-from blockwise.run import files
 from experiments import run as runner
 from experiments import text
 from experiments.claims import FULLSEQ, Setting
@@ -49,12 +47,7 @@ def main():
         raise InputError("--smoke is too small for repetition.csv; name another --results.")
     if args.seeds < 1:
         raise InputError("--seeds must be at least 1.")
-    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # at this size nothing else is faster
-    work, results = Path(args.work).absolute(), Path(args.results)
-    with files.writing(f"--work {work} or --results {results}"):
-        work.mkdir(parents=True, exist_ok=True)
-        files.lock(work)
-        runner.start_results(results, COLUMNS + FIGURES)
+    work, results = runner.begin(args.work, args.results, COLUMNS + FIGURES)
     words = {name: " ".join(body.split()) for name, body in topics.items()}
     data = {name: text.pack(f"words_{name}", texts, work) for name, texts in text.split(words).items()}
     while todo := missing(args.seeds, runner.read(results, COLUMNS + FIGURES)):  # first what chooses learning rates

@@ -10,7 +10,6 @@ in the CSV is not run again.
 
 import argparse
 import csv
-import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -53,12 +52,7 @@ def main():
         raise InputError("--seeds and --jobs must be at least 1.")
     if args.smoke and Path(args.results).resolve() == RESULTS:
         raise InputError("--smoke is too small for rl.csv; name another --results.")
-    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # at this size nothing else is faster
-    work, results = Path(args.work).absolute(), Path(args.results)
-    with files.writing(f"--work {work} or --results {results}"):
-        work.mkdir(parents=True, exist_ok=True)
-        files.lock(work)
-        runner.start_results(results, COLUMNS)
+    work, results = runner.begin(args.work, args.results, COLUMNS)
     run_all(work, results, args)
     rows = runner.read(results, COLUMNS)
     print(table(rows))

@@ -99,15 +99,7 @@ def main():
         raise InputError("--smoke is too small for results.csv; name another --results.")
     if min(args.seeds, args.jobs) < 1:
         raise InputError("--seeds and --jobs must be at least 1.")
-    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # at this size nothing else is faster
-    work, results = Path(args.work).absolute(), Path(args.results)
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        results.parent.mkdir(parents=True, exist_ok=True)
-        files.lock(work)
-        start_results(results)
-    except OSError as error:
-        raise InputError(f"--work {work} or --results {results} cannot be written: {error}") from error
+    work, results = begin(args.work, args.results, COLUMNS)
     scale = SMOKE if args.smoke else Scale()
     while todo := missing(args.claims, args.seeds, read(results)):  # first what chooses learning rates
         run_all(todo, args.jobs, work, results, scale)
@@ -313,7 +305,22 @@ def evaluate(folder: Path, settings: dict, task: Task, number: int) -> tuple[str
 # ---------------------------------------------------------------- results.csv
 
 
-def start_results(path: Path, columns: list[str] = COLUMNS) -> None:
+def begin(work: str, results: str, columns: list[str]) -> tuple[Path, Path]:
+    """Locks the folder of data and checkpoints, starts the CSV, and chooses one thread. Raises InputError.
+
+    Returns both paths; that of the folder is absolute.
+    """
+    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # at this size nothing else is faster
+    work, results = Path(work).absolute(), Path(results)
+    with files.writing(f"--work {work} or --results {results}"):
+        work.mkdir(parents=True, exist_ok=True)
+        results.parent.mkdir(parents=True, exist_ok=True)
+        files.lock(work)
+        start_results(results, columns)
+    return work, results
+
+
+def start_results(path: Path, columns: list[str]) -> None:
     """Makes the CSV, or drops its unfinished last line."""
     whole, end, _ = (path.read_text() if path.exists() else "").rpartition("\n")
     files.replace(path, whole + end or ",".join(columns) + "\n")

@@ -11,7 +11,6 @@ is in the CSV is not run again.
 
 import argparse
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -55,12 +54,7 @@ def main():
         raise InputError("--smoke is too small for bounds.csv; name another --results.")
     if args.seeds < 1:
         raise InputError("--seeds must be at least 1.")
-    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # at this size nothing else is faster
-    work, results = Path(args.work).absolute(), Path(args.results)
-    with files.writing(f"--work {work} or --results {results}"):
-        work.mkdir(parents=True, exist_ok=True)
-        files.lock(work)
-        runner.start_results(results, COLUMNS)
+    work, results = runner.begin(args.work, args.results, COLUMNS)
     data = {name: pack(name, texts, work) for name, texts in split(topics).items()}
     while todo := missing(args.seeds, runner.read(results, COLUMNS)):  # first what chooses learning rates
         for run in progress(todo, desc="runs", unit="run"):

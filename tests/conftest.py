@@ -214,6 +214,14 @@ def launch(ranks, script, *args, cwd):
         return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
+@pytest.fixture(scope="module")
+def model(base):
+    """The tiny base, for decoding in fp32."""
+    from blockwise.models import base as models
+
+    return models.load_model(base, torch.float32).eval()
+
+
 @pytest.fixture(scope="session")
 def fork():
     """fork(cwd, ranks, script, *argv, runs=..., faults=...) runs a script on several ranks; see faults/server.py.

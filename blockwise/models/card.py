@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from blockwise.run.constants import MAY_CHANGE_ON_RESUME, VERSIONS, data_file
+from blockwise.run.constants import MAY_CHANGE_ON_RESUME, VERSIONS, data_knob
 
 README = "README.md"
 RESULTS = "<!-- blockwise.models.push puts what eval.py has measured here -->\n"
@@ -106,7 +106,7 @@ def training(constants: dict, model: str, step: int) -> str:
     size = f"{micro * accumulated * ranks} = {micro} MICRO_BSIZE x {accumulated} GRAD_ACC x {ranks} ranks"
     rows = {
         "base": f"{model}, fingerprint `{derived['model']}`",
-        "data": f"{Path(data_file(constants)).name}, sha256 `{derived['data']}`",
+        "data": f"{Path(constants[data_knob(constants)]).name}, sha256 `{derived['data']}`",
         "step": f"{step} of {derived['total_steps']}",
         "global batch": size,
         "code": f"commit `{derived['commit']}` of Blockwise SFT" if derived["commit"] else "commit unknown",

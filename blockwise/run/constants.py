@@ -15,7 +15,7 @@ from blockwise.run.run_folder import CONSTANTS, RunFolder
 MAY_CHANGE_ON_RESUME = {"RESUME", "RESUME_EVERY", "MAX_BAD_STEPS", "SAVE_DTYPE", "TRACKER"}  # no number depends on them
 # knobs that earlier versions lack, and what these did
 NEWER = {"VAL_PT": "", "VAL_EVERY": 0, "BASE_4BIT": False, "PAD_TO": "max_len", "GROUP_BY_LENGTH": False}
-CONTENT = {"val_data": "VAL_PT", "model": "MODEL_NAME"}  # the digest of what a knob names; "data": see data_file
+CONTENT = {"val_data": "VAL_PT", "model": "MODEL_NAME"}  # the digest of what a knob names; "data": see data_knob
 VERSIONS = ("torch", "transformers", "deepspeed", "peft")
 WARNED_OF = {"commit", *VERSIONS}  # which may be others when a run is resumed
 
@@ -26,7 +26,7 @@ def constants_of(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: str, **
         "script": Path(sys.argv[0]).name,
         "ranks": ranks.world_size,
         "total_steps": steps,
-        "data": files.sha256(data_file(vars(knobs))),
+        "data": files.sha256(vars(knobs)[data_knob(vars(knobs))]),
         "model": base,
         "commit": commit(),
     } | derived
@@ -35,9 +35,9 @@ def constants_of(knobs: SimpleNamespace, ranks: Ranks, steps: int, base: str, **
     return vars(knobs) | {"derived": derived | {name: version(name) for name in VERSIONS}}
 
 
-def data_file(constants: dict) -> str:
-    """What a training is on: samples of pt.py, or problems that the model answers itself."""
-    return constants["DATA_PT"] if "DATA_PT" in constants else constants["DATA"]
+def data_knob(constants: dict) -> str:
+    """Which knob names the data: samples of pt.py, or problems that the model answers itself."""
+    return "DATA_PT" if "DATA_PT" in constants else "DATA"
 
 
 def commit() -> str | None:
@@ -101,7 +101,7 @@ def compare(folder: RunFolder, before: dict, constants: dict, ranks: Ranks) -> N
     if different:
         name, old, new = different[0]
         change = f"{name} was {old!r}, now it is {new!r}"
-        if name in CONTENT or name == "data":
-            file = data_file(constants) if name == "data" else constants[CONTENT[name]]
-            change = f"the content of {file} has changed"
+        content = CONTENT | {"data": data_knob(constants)}
+        if name in content:
+            change = f"the content of {constants[content[name]]} has changed"
         raise InputError(f"{folder.path} is another run: {change}. Start a new one without --RESUME=True.")

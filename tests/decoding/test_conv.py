@@ -12,15 +12,9 @@ from conftest import problems
 from blockwise.cli import InputError
 from blockwise.decoding import conv, decode, film
 from blockwise.decoding.settings import Settings
-from blockwise.models import base as models
 
 SCRIPT = "eval"
 MASK, VOCABULARY = 4, 400
-
-
-@pytest.fixture(scope="module")
-def model(base):
-    return models.load_model(base, torch.float32).eval()
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,9 @@ from transformers import LlamaForCausalLM
 from blockwise.cli import InputError
 from blockwise.decoding import decode
 from blockwise.decoding.settings import Settings
-from blockwise.models import base as models
 
 MASK = 4
 END = (120, 293)  # tokens that this model likes, instead of those that end an answer
-
-
-@pytest.fixture(scope="module")
-def model(base):
-    return models.load_model(base, torch.float32).eval()
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,11 @@ import torch
 
 from blockwise.decoding import decode, film
 from blockwise.decoding.settings import Settings
-from blockwise.models import base as models
 
 SCRIPT = "generate"
 MASK, ENDS = 4, [1, 7]
 PROMPT = [10, 11, 12, 13, 14]
 HOSTILE = "</title></script><script>document.title='broken'</script>\"'&amp;<b>"
-
-
-@pytest.fixture(scope="module")
-def model(base):
-    return models.load_model(base, torch.float32).eval()
 
 
 # ---------------------------------------------------------------- what is recorded

@@ -6,15 +6,9 @@ import torch
 from blockwise.cli import InputError
 from blockwise.decoding import decode
 from blockwise.decoding.settings import Settings
-from blockwise.models import base as models
 
 MASK = 4
 SETTINGS = Settings(gen_length=16, block_length=8, steps=16)
-
-
-@pytest.fixture(scope="module")
-def model(base):
-    return models.load_model(base, torch.float32).eval()
 
 
 def with_gaps(length, gaps, seed):

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from test_decode import END, model, prompts  # noqa: F401
+from test_decode import END, prompts  # noqa: F401
 
 from blockwise.cli import InputError
 from blockwise.decoding import decode, refill
@@ -20,7 +20,7 @@ def many(prompts):  # noqa: F811
 
 
 @pytest.fixture
-def ends(model, many):  # noqa: F811
+def ends(model, many):
     """Two tokens that end some answers early, some late and some not at all."""
     exact = decode.decode(model, many, Settings(16, 4, 16))[0]
     tokens, counts = exact[:, :13].unique(return_counts=True)
@@ -43,7 +43,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_answers_and_passes_are_those_of_one_prompt_at_a_time(model, many, ends, options):  # noqa: F811
+def test_answers_and_passes_are_those_of_one_prompt_at_a_time(model, many, ends, options):
     settings = Settings(**({"gen_length": 16, "block_length": 4, "steps": 16, "stop_at_end": True} | options))
     assert refill.fits(model.config, settings)
     found = {}
@@ -57,7 +57,7 @@ def test_answers_and_passes_are_those_of_one_prompt_at_a_time(model, many, ends,
     assert not found
 
 
-def test_the_batch_stays_full_while_prompts_wait(model, many, ends, monkeypatch):  # noqa: F811
+def test_the_batch_stays_full_while_prompts_wait(model, many, ends, monkeypatch):
     """Exact decoding writes a token of each row in each pass: so only the last answers leave rows empty."""
     sizes, forward, answered = [], model.forward, []
 
@@ -73,7 +73,7 @@ def test_the_batch_stays_full_while_prompts_wait(model, many, ends, monkeypatch)
     assert answered != sorted(answered)  # a short answer is there before a long one that began earlier
 
 
-def test_what_depends_on_the_batch_is_not_refilled(model, many):  # noqa: F811
+def test_what_depends_on_the_batch_is_not_refilled(model, many):
     config = model.config
     for options in (
         {"temperature": 1.0}, {"remasking": "random"}, {"suffix": 2}, {"cache": "dual"}, {"steps": 6}, {"steps": 12},
